@@ -1,0 +1,1 @@
+"""Bytes only: containers and block layouts. No numerics, no torch."""

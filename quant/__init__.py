@@ -1,0 +1,1 @@
+"""Numbers only: grids and solvers. Never opens a file."""

@@ -1,0 +1,1 @@
+"""Reruns an artifact on its runtime and answers with numbers."""

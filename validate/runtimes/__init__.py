@@ -1,0 +1,1 @@
+"""Target runtimes behind one protocol."""
