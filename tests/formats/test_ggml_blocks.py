@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from gguf.constants import GGML_QUANT_SIZES
+
 from llmx.errors import UnsupportedError
 from llmx.formats.ggml_blocks import BLOCKS, BLOCKS_BY_ID, row_bytes
 
