@@ -61,7 +61,8 @@ class Source:
 
     names: one checkpoint tensor; several are stacked on a new leading axis (experts).
     transpose: the checkpoint stores [in, out] (GPT-2's Conv1D).
-    rows: half-open range of the first axis after the transpose, for slices of fused tensors; None is all of it.
+    rows: half-open range of the output axis after the transpose, for slices of fused tensors; None is all of it.
+        The output axis is the last but one ([out, in]; [experts, out, in] in one tensor), or a vector's only one.
     """
 
     names: tuple[str, ...]

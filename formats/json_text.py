@@ -1,0 +1,51 @@
+"""JSON that comes from strangers: bounded, one object, no key twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llmx.errors import IntegrityError
+
+
+def parse_object(text: bytes | str, where: object) -> dict[str, Any]:
+    """The JSON object in `text`.
+
+    Raises: IntegrityError when the text is no UTF-8, no JSON, no object, nested too deep, or names a key twice.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:  # ValueError covers bad JSON, bad UTF-8 and numbers too long
+        raise IntegrityError(f"This is not valid JSON: {error}.", where=where) from error
+    if not isinstance(value, dict):
+        raise IntegrityError(f"A JSON object was expected, not {type(value).__name__}.", where=where)
+    return value
+
+
+def read_object(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes.
+
+    Raises: IntegrityError as parse_object, or when the file is larger than `limit` or cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise IntegrityError(f"A JSON file of {size} bytes is refused; the limit is {limit}.", where=path)
+        text = path.read_bytes()
+    except OSError as error:
+        raise IntegrityError(f"The file cannot be read: {error.strerror}.", where=path) from error
+    return parse_object(text, path)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})
+        raise ValueError(f"keys given twice: {', '.join(map(repr, twice[:10]))}")
+    return result
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,286 @@
+"""A checkpoint seen through its architecture: canonical tensors, read lazily as float32 or as the stored bits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmx.errors import IntegrityError, UnsupportedError
+from llmx.formats.safetensors import shorten
+from llmx.models.architecture import Architecture, TensorSpec
+from llmx.models.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
+from llmx.models.families import FAMILIES, describe
+
+SCAN_BYTES = 8 << 20  # of one chunk of a scan; small enough to stay in a core's cache neighbourhood
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 is the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFloat:
+    """A stored dtype: the numpy type its bits are read as, the bits of infinity, and the way to float32."""
+
+    bits: type[np.unsignedinteger]
+    infinity: int
+    to_float32: Callable[[np.ndarray], np.ndarray]
+
+
+FLOATS: dict[str, StoredFloat] = {
+    "F32": StoredFloat(np.uint32, 0x7F800000, lambda bits: bits.view(np.float32)),
+    "F16": StoredFloat(np.uint16, 0x7C00, lambda bits: bits.view(np.float16).astype(np.float32)),
+    "BF16": StoredFloat(np.uint16, 0x7F80, _widen),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a look at every value found. first_bad: flat index of the first NaN or infinity, row-major, or None.
+
+    largest: the largest magnitude of the finite values up to there, so that overflow of f16 (65504) can be told.
+    """
+
+    first_bad: int | None
+    largest: float
+
+
+class Weight:
+    """One canonical tensor as a matrix f32[rows, cols]: a vector is one row, experts lie under each other.
+
+    Reads are safe from any thread.
+    """
+
+    __slots__ = ("_checkpoint", "_stored", "cols", "dtype", "rows", "spec")
+
+    def __init__(self, spec: TensorSpec, checkpoint: Checkpoint) -> None:
+        self.spec = spec
+        self._checkpoint = checkpoint
+        self._stored: CheckpointTensor = checkpoint.tensors[spec.source.names[0]]
+        self.dtype = self._stored.dtype  # "F32", "F16" or "BF16", as stored
+        self.cols = spec.shape[-1]
+        self.rows = int(np.prod(spec.shape[:-1], dtype=np.int64)) if len(spec.shape) > 1 else 1
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """f32[stop - start, cols], a fresh array of these rows."""
+        bits = self.read_raw(start, stop).view(FLOATS[self.dtype].bits)
+        return FLOATS[self.dtype].to_float32(bits)
+
+    def read_raw(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The stored bits of these rows, a fresh array: f32[stop - start, cols] for F32, u16[…] for F16 and BF16."""
+        stop = self.rows if stop is None else stop
+        assert 0 <= start <= stop <= self.rows
+        result = np.empty((stop - start, self.cols), dtype=FLOATS[self.dtype].bits)
+        for name, low, high, place in self._pieces(start, stop):
+            result[place : place + high - low] = self._piece(name, low, high)
+        return result.view(np.float32) if self.dtype == "F32" else result
+
+    def release(self, start: int = 0, stop: int | None = None) -> None:
+        """Hand the pages of these rows back to the system (a transposed tensor: of all rows)."""
+        for name, low, high, _ in self._pieces(start, self.rows if stop is None else stop):
+            if self.spec.source.transpose:
+                self._checkpoint.release(name)
+            else:
+                row = self.cols * np.dtype(FLOATS[self.dtype].bits).itemsize
+                self._checkpoint.release(name, low * row, high * row)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
+        """(checkpoint tensor, its rows from, to, place in the result) that together are rows start to stop."""
+        source = self.spec.source
+        matrix = self.spec.shape[-2] if len(self.spec.shape) > 1 else 1  # rows of one expert, or of all
+        if len(self.spec.shape) == 1:  # a vector's slice is of its only row, see _piece
+            yield source.names[0], 0, 1, 0
+            return
+        stored = self._stored.shape[-2] if not source.transpose else self._stored.shape[-1]
+        offset = 0 if source.rows is None else source.rows[0]
+        row = start
+        while row < stop:
+            expert, inside = divmod(row, matrix)
+            count = min(matrix - inside, stop - row)
+            stacked = len(source.names) > 1
+            low = offset + inside + (0 if stacked else expert * stored)
+            yield source.names[expert if stacked else 0], low, low + count, row - start
+            row += count
+
+    def _piece(self, name: str, low: int, high: int) -> np.ndarray:
+        """bits[high - low, cols], a view of the map."""
+        bits, source = FLOATS[self.dtype].bits, self.spec.source
+        if len(self.spec.shape) == 1:
+            first, last = source.rows or (0, self.cols)
+            return self._checkpoint.bytes(name).view(bits)[first:last].reshape(1, -1)
+        if source.transpose:
+            return self._checkpoint.bytes(name).view(bits).reshape(self._stored.shape)[:, low:high].T
+        row = self.cols * np.dtype(bits).itemsize
+        return self._checkpoint.bytes(name, low * row, high * row).view(bits).reshape(-1, self.cols)
+
+
+class Model:
+    """An architecture and the checkpoint it was found in; every tensor accounted for."""
+
+    __slots__ = ("_weights", "architecture", "checkpoint")
+
+    def __init__(self, architecture: Architecture, checkpoint: Checkpoint) -> None:
+        self.architecture = architecture
+        self.checkpoint = checkpoint
+        self._weights = {spec.name: Weight(spec, checkpoint) for spec in architecture.tensors}
+
+    def weight(self, name: str) -> Weight:
+        """The tensor with this canonical name. Raises: KeyError."""
+        return self._weights[name]
+
+    def has(self, name: str) -> bool:
+        return name in self._weights
+
+    def weights(self) -> Iterator[Weight]:
+        """Every tensor, in the architecture's order."""
+        yield from self._weights.values()
+
+
+def open_model(model: str | Path, revision: str | None = None) -> Model:
+    """The model in a local folder or under a hub id, its tensors checked against its architecture by name and shape.
+
+    Raises: what open_checkpoint and describe raise; IntegrityError listing every missing, left-over and wrongly shaped
+    tensor; UnsupportedError for tensors that are not stored as F32, F16 or BF16.
+    """
+    checkpoint = open_checkpoint(model, revision)
+    architecture = describe(checkpoint.config, checkpoint.tensors)
+    check_tensors(architecture, checkpoint)
+    return Model(architecture, checkpoint)
+
+
+def check_finite(weight: Weight) -> Scan:
+    """Look at every value once, on the stored bits, chunk by chunk, handing pages back."""
+    kind = FLOATS[weight.dtype]
+    all_but_sign = np.array(np.iinfo(kind.bits).max >> 1, dtype=kind.bits)
+    step = max(1, SCAN_BYTES // (weight.cols * all_but_sign.itemsize))
+    if weight.spec.source.transpose:
+        step = weight.rows  # a transposed matrix is read whole anyhow
+    largest = 0
+    for start in range(0, weight.rows, step):
+        stop = min(start + step, weight.rows)
+        magnitude = np.bitwise_and(weight.read_raw(start, stop).view(kind.bits), all_but_sign)
+        weight.release(start, stop)
+        highest = int(magnitude.max(initial=0))
+        if highest >= kind.infinity:
+            bad = magnitude.reshape(-1) >= kind.infinity
+            first = int(bad.argmax())
+            highest = int(magnitude.reshape(-1)[:first].max(initial=0))
+            return Scan(start * weight.cols + first, _magnitude(kind, max(largest, highest)))
+        largest = max(largest, highest)
+    return Scan(None, _magnitude(kind, largest))
+
+
+def _magnitude(kind: StoredFloat, bits: int) -> float:
+    return float(kind.to_float32(np.array([bits], dtype=kind.bits))[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    spec: TensorSpec
+    shape: tuple[int, ...]  # of one checkpoint tensor, were it not sliced
+    rows: tuple[int, int] | None
+
+
+def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """Every checkpoint tensor is used exactly once, whole, in its shape, or is redundant by name.
+
+    Raises: IntegrityError, UnsupportedError as open_model.
+    """
+    uses = _uses(architecture)
+    stored = checkpoint.tensors
+    problems = [f"{name} is missing (needed for {uses[name][0].spec.name})" for name in uses if name not in stored]
+    for name in uses:
+        if name in stored:
+            problems += _shape_problems(name, stored[name].shape, uses[name])
+    left_over = [name for name in stored if name not in uses]
+    problems += _left_over_problems(architecture, checkpoint, left_over)
+    if problems:
+        raise IntegrityError(
+            f"The checkpoint's tensors are not those of its config.json ({architecture.family}).",
+            where=checkpoint.folder,
+            problems=shorten(problems),
+        )
+    _check_dtypes(architecture, checkpoint)
+
+
+def _uses(architecture: Architecture) -> dict[str, list[_Use]]:
+    uses: dict[str, list[_Use]] = {}
+    for spec in architecture.tensors:
+        stacked = "{expert}" if len(spec.source.names) > 1 else None
+        shape = spec.shape[1:] if stacked else spec.shape
+        shape = shape[::-1] if spec.source.transpose else shape
+        for name in spec.source.names:
+            uses.setdefault(name, []).append(_Use(spec, shape, spec.source.rows))
+    return uses
+
+
+def _shape_problems(name: str, stored: tuple[int, ...], uses: list[_Use]) -> list[str]:
+    expected = uses[0].shape
+    if uses[0].rows is not None:
+        ranges = sorted(use.rows for use in uses if use.rows is not None)
+        assert ranges[0][0] == 0 and all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+        axis = _output_axis(uses[0])
+        expected = tuple(ranges[-1][1] if n == axis else size for n, size in enumerate(expected))
+    else:
+        assert len(uses) == 1
+    return [] if stored == expected else [f"{name} has shape {list(stored)}, {list(expected)} is expected"]
+
+
+def _output_axis(use: _Use) -> int:
+    """The axis that `rows` slices: the last of a vector or a transposed matrix, else the last but one."""
+    return len(use.shape) - (1 if len(use.shape) == 1 or use.spec.source.transpose else 2)
+
+
+def _left_over_problems(architecture: Architecture, checkpoint: Checkpoint, names: list[str]) -> list[str]:
+    facts: Mapping[str, bool] = {"always": True, "tied": architecture.tied}
+    rules = [rule for rule in FAMILIES[architecture.family].redundant if facts[rule.when]]
+    problems = []
+    for name in names:
+        rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
+        if rule is None:
+            problems.append(f"{name} is left over: the architecture has no such tensor")
+        elif rule.copy_of is not None:
+            spec = next(spec for spec in architecture.tensors if spec.role == rule.copy_of and spec.part == "weight")
+            if not _equal(checkpoint, name, spec.source.names[0]):
+                problems.append(
+                    f"{name} differs from {spec.source.names[0]}, which the config ties it to "
+                    "(set tie_word_embeddings to false in config.json if it is a head of its own)"
+                )
+    return problems
+
+
+def _equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    """Whether two tensors hold the same bits; read in chunks, pages handed back."""
+    if checkpoint.tensors.get(name) != checkpoint.tensors.get(other):
+        return False
+    first, second = checkpoint.bytes(name), checkpoint.bytes(other)
+    for start in range(0, first.size, SCAN_BYTES):
+        stop = min(start + SCAN_BYTES, first.size)
+        equal = np.array_equal(first[start:stop], second[start:stop])
+        checkpoint.release(name, start, stop)
+        checkpoint.release(other, start, stop)
+        if not equal:
+            return False
+    return True
+
+
+def _check_dtypes(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    problems = []
+    for spec in architecture.tensors:
+        found = {checkpoint.tensors[name].dtype for name in spec.source.names}
+        if found - set(FLOATS):
+            problems.append(f"{spec.source.names[0]} is stored as {', '.join(sorted(found))}")
+        elif len(found) > 1:
+            problems.append(f"the experts of {spec.name} are stored as {', '.join(sorted(found))}, not as one dtype")
+    if problems:
+        raise UnsupportedError(
+            f"Weights must be stored as {', '.join(FLOATS)}.",
+            where=checkpoint.folder,
+            problems=shorten(problems),
+            fix="Export from the original checkpoint, not from a quantized one.",
+        )
