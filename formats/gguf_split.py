@@ -25,6 +25,7 @@ from llmx.formats.gguf_values import (
 from llmx.formats.gguf_writer import TensorInfo, padded
 
 MAX_SHARDS = 65535  # split.count is a u16
+MAX_LISTED = 20
 SPLIT_TYPES = {SPLIT_NUMBER_KEY: "u16", SPLIT_COUNT_KEY: "u16", SPLIT_TENSORS_KEY: "i32"}
 SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 SIZE = re.compile(r"\s*(?P<count>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?I?)B?\s*")
@@ -103,17 +104,19 @@ def read_gguf_set(path: str | Path) -> GgufFile:
     """
     path = Path(path)
     opened = read_gguf(path)
-    count = opened.metadata.get(SPLIT_COUNT_KEY, 1)
+    # A merged file keeps split.count as 0.
+    count = opened.metadata.get(SPLIT_COUNT_KEY, 0)
     named = SHARD_NAME.fullmatch(path.name)
-    if count == 1 and (named is None or int(named["count"]) == 1):
+    if count in (0, 1) and (named is None or int(named["count"]) <= 1):
         return opened
-    if named is None or not isinstance(count, int) or int(named["count"]) != count:
+    if named is None or not isinstance(count, int) or not 0 < int(named["number"]) <= int(named["count"]) == count:
         said = f"{SPLIT_COUNT_KEY} is {count}"
         raise IntegrityError(f"{said}, which the file's name contradicts", where=path, fix="restore the shard's name")
     paths = tuple(path.with_name(shard_name(named["prefix"], number, count)) for number in range(count))
-    missing = [f"missing: {each.name}" for each in paths if not each.is_file()]
+    missing = [each.name for each in paths if not each.is_file()]
     if missing:
-        raise IntegrityError(f"{len(missing)} of {count} shards are missing", where=path.parent, problems=missing)
+        listed = missing[:MAX_LISTED] + [f"and {len(missing) - MAX_LISTED} more"] * (len(missing) > MAX_LISTED)
+        raise IntegrityError(f"{len(missing)} of {count} shards are missing", where=path.parent, problems=listed)
     return _join(tuple(read_gguf(each) for each in paths))
 
 
