@@ -33,6 +33,16 @@ class LlmxError(Exception):
         self.problems = tuple(problems)
         super().__init__(self._text())
 
+    def to_json(self) -> dict[str, object]:
+        """The error as plain data, for `--json`."""
+        return {
+            "what": self.what,
+            "where": self.where,
+            "fix": self.fix,
+            "problems": list(self.problems),
+            "exit_code": self.exit_code,
+        }
+
     def _text(self) -> str:
         lines = [self.what]
         lines += [f"  - {problem}" for problem in self.problems]

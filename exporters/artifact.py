@@ -1,0 +1,127 @@
+"""Writing files so that an output appears whole or not at all: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmx.errors import IntegrityError, ResourceError, UsageError
+
+PARTIAL = ".partial"
+FAILED = ".failed"
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactFile:
+    """One written file."""
+
+    path: Path
+    nbytes: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.path.name, "bytes": self.nbytes, "sha256": self.sha256}
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_targets(targets: list[Path], sources: tuple[Path, ...], force: bool) -> None:
+    """Refuse targets that exist or that lie on the checkpoint itself.
+
+    Raises: UsageError naming every offence.
+    """
+    read = {path.resolve() for path in sources}
+    on_source = [f"{path} is part of the checkpoint being read" for path in targets if path.resolve() in read]
+    if on_source:
+        raise UsageError("the target would overwrite its source", problems=on_source, fix="choose another -o")
+    folders = [f"{path} is a folder" for path in targets if path.is_dir()]
+    if folders:
+        raise UsageError("the target is a folder", problems=folders, fix="choose another -o")
+    existing = [str(path) for path in targets if path.exists() or path.is_symlink()]
+    if existing and not force:
+        raise UsageError("the target exists already", problems=existing, fix="add --force, or choose another -o")
+
+
+def check_room(folder: Path, nbytes: int) -> None:
+    """Raises: ResourceError when the disk under `folder` has less room than `nbytes`."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise ResourceError(
+            f"the artifact needs {nbytes / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free",
+            where=folder,
+            fix="free some room, choose another -o, or a smaller type",
+        )
+
+
+def make_folder(folder: Path) -> None:
+    """Create the target folder. Raises: UsageError when it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            "the target folder cannot be made", where=f"{folder}: {error.strerror}", fix="choose another -o"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError("the target folder cannot be written to", where=folder, fix="choose another -o")
+
+
+@contextlib.contextmanager
+def partial_files(targets: list[Path]) -> Iterator[list[Path]]:
+    """Paths with the targets' names in a temporary folder beside them, removed with all that is left in it.
+
+    Call `publish` inside the block to move the files to the final names.
+    """
+    folder = targets[0].parent / f".{targets[0].name}{PARTIAL}-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield [folder / target.name for target in targets]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(partial: list[Path], targets: list[Path]) -> None:
+    """Move finished files to their final names. The first file goes last: a set is complete once it is there."""
+    for path in partial:
+        _fsync(path)
+    for path, target in reversed(list(zip(partial, targets, strict=True))):
+        path.replace(target)
+    for folder in {target.parent for target in targets}:
+        _fsync(folder)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a small text file, whole or not at all."""
+    with partial_files([path]) as [partial]:
+        partial.write_text(content, encoding="utf-8")
+        publish([partial], [path])
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_error(error: OSError, where: Path) -> ResourceError | IntegrityError:
+    """The error tree's word for a failed write or read."""
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError("the disk is full", where=where, fix="free some room, or choose another -o")
+    return IntegrityError(f"reading or writing failed: {error.strerror or error}", where=where)

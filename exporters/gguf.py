@@ -1,0 +1,281 @@
+"""The GGUF exporter: plan every tensor and byte, check every weight, then write in one streaming pass.
+
+    checkpoint rows -> [worker threads: read, permute, encode] -> [one writer: digest, write in file order]
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from llmx.errors import IntegrityError
+from llmx.exporters.gguf_families import GgufFamily, gguf_family
+from llmx.exporters.gguf_metadata import (
+    DIGESTS_KEY,
+    architecture_metadata,
+    general_metadata,
+    name_of,
+    runtime_notes,
+)
+from llmx.exporters.gguf_tensors import Entry, entries, passes_through, read_rows
+from llmx.exporters.gguf_types import FileType, Situation, TensorTypeOverride, tensor_type
+from llmx.exporters.gguf_vocab import vocabulary, vocabulary_size
+from llmx.exporters.plan import Plan, PlannedFile, Step
+from llmx.formats.ggml_blocks import row_bytes
+from llmx.formats.gguf import Layout, TensorInfo, Value, array, layout, shard_metadata, shard_name, split
+from llmx.models.model import check_finite
+from llmx.progress import track
+from llmx.quant.grid import encode, largest_weight
+
+if TYPE_CHECKING:
+    from llmx.formats.imatrix import ImportanceMatrix
+    from llmx.models.model import Model
+    from llmx.models.tokenizer import Tokenizer
+
+# Weights a worker reads and encodes at once. Fixed, so that the bytes do not depend on the number of threads.
+CHUNK_WEIGHTS = 1 << 20
+# Measured: the interpreter with numpy, numba and the compiled encoders; and a worker's arrays per weight of a chunk.
+_BASE_MEMORY = 220 << 20
+_MEMORY_PER_WEIGHT = 24
+
+
+@dataclass(frozen=True, slots=True)
+class GgufOptions:
+    """What the user chose."""
+
+    file_type: FileType
+    overrides: tuple[TensorTypeOverride, ...] = ()
+    importance: ImportanceMatrix | None = None
+    split_max_bytes: int | None = None
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GgufExport:
+    """A planned export: `plan` for the user, the rest for `write`."""
+
+    plan: Plan
+    model: Model
+    options: GgufOptions
+    entries: tuple[Entry, ...]
+    metadata: dict[str, Value]
+    shards: tuple[tuple[TensorInfo, ...], ...]
+
+
+def prepare(model: Model, tokenizer: Tokenizer, options: GgufOptions) -> GgufExport:
+    """Plan the export without reading a weight.
+
+    Raises: UnsupportedError for what llama.cpp cannot compute, IntegrityError for an importance matrix of another
+    model, UsageError for a shard size below the largest tensor.
+    """
+    architecture = model.architecture
+    family = gguf_family(architecture)
+    rows = vocabulary_size(tokenizer, architecture.vocab) if family.cut_padding_rows else architecture.vocab
+    layout_entries = entries(architecture, family, rows)
+    steps = tuple(_steps(model, family, layout_entries, options))
+    if options.importance is not None:
+        _check_importance(options.importance, layout_entries)
+    name = name_of(model)
+    metadata = (
+        architecture_metadata(architecture, family, rows)
+        | general_metadata(model, name, options.file_type.id)
+        | vocabulary(tokenizer, rows)
+    )
+    metadata[DIGESTS_KEY] = array("u64", [0] * len(steps))
+    infos = [TensorInfo(step.name, step.type_name, step.shape) for step in steps]
+    shards = [infos] if options.split_max_bytes is None else split(infos, options.split_max_bytes)
+    layouts = _layouts(metadata, shards)
+    stem = name.file_stem(options.file_type.name)
+    names = [f"{stem}.gguf"] if len(shards) == 1 else [shard_name(stem, i, len(shards)) for i in range(len(shards))]
+    plan = Plan(
+        format="gguf",
+        type_name=options.file_type.name,
+        steps=steps,
+        files=tuple(PlannedFile(n, placed.size) for n, placed in zip(names, layouts, strict=True)),
+        notes=tuple(runtime_notes(architecture, family)),
+        peak_memory_bytes=_BASE_MEMORY + _MEMORY_PER_WEIGHT * (2 * options.threads + 1) * _largest_chunk(layout_entries),
+    )
+    return GgufExport(plan, model, options, layout_entries, metadata, tuple(map(tuple, shards)))
+
+
+def _layouts(metadata: dict[str, Value], shards: Sequence[Sequence[TensorInfo]]) -> list[Layout]:
+    if len(shards) == 1:
+        return [layout(metadata, shards[0])]
+    return [layout(shard_metadata(metadata, shards, i), shard) for i, shard in enumerate(shards)]
+
+
+def _steps(model: Model, family: GgufFamily, planned: Sequence[Entry], options: GgufOptions) -> Iterator[Step]:
+    a = model.architecture
+    for entry in planned:
+        type_name, wanted = "F32", None
+        if entry.quantizable:
+            situation = Situation(
+                layers=a.layers,
+                layer=entry.layer or 0,
+                queries_per_key=a.heads // a.kv_heads,
+                experts=a.experts,
+                importance=options.importance is not None,
+            )
+            type_name, wanted = tensor_type(
+                options.file_type,
+                entry.name,
+                entry.columns,
+                situation,
+                tied=a.tied,
+                large_type=family.large_type,
+                overrides=options.overrides,
+            )
+        nbytes = entry.rows * row_bytes(type_name, entry.columns)
+        yield Step(entry.name, entry.role, entry.layer, entry.shape, type_name, nbytes, wanted)
+
+
+def _check_importance(importance: ImportanceMatrix, planned: Sequence[Entry]) -> None:
+    """An importance matrix belongs to the model when every entry that names a tensor has its columns."""
+    by_name = {entry.name: entry for entry in planned}
+    known = importance.entries.keys() & by_name.keys()
+    problems = [
+        f"{name}: {importance.entries[name].shape} against rows of {by_name[name].columns}"
+        for name in sorted(known)
+        if importance.entries[name].shape[-1] != by_name[name].columns
+    ]
+    problems += [
+        f"{name}: {importance.entries[name].shape[0]} matrices against {by_name[name].rows // by_name[name].rows_per_expert}"
+        for name in sorted(known)
+        if importance.entries[name].shape[0] != by_name[name].rows // by_name[name].rows_per_expert
+    ]
+    if problems or not known:
+        raise IntegrityError(
+            "the importance matrix is of another model",
+            problems=problems or ["none of its entries names a tensor of this model"],
+            fix="make one from this checkpoint",
+        )
+
+
+def _chunk_rows(entry: Entry) -> int:
+    return min(max(1, CHUNK_WEIGHTS // entry.columns), entry.rows_per_expert)
+
+
+def _largest_chunk(planned: Sequence[Entry]) -> int:
+    return max(_chunk_rows(entry) * entry.columns for entry in planned)
+
+
+def _chunks(entry: Entry) -> Iterator[tuple[int, int]]:
+    """Row ranges that never cross from one expert to the next."""
+    for first in range(0, entry.rows, entry.rows_per_expert):
+        last = first + entry.rows_per_expert
+        for start in range(first, last, _chunk_rows(entry)):
+            yield start, min(start + _chunk_rows(entry), last)
+
+
+def check_weights(export: GgufExport) -> None:
+    """Look at every weight once, before anything is written.
+
+    Raises: IntegrityError naming every tensor that holds NaN or infinity, or values that its type cannot hold.
+    """
+    model = export.model
+    steps = {step.name: step for step in export.plan.steps}
+    jobs = [(piece.spec.name, steps[entry.name].type_name) for entry in export.entries for piece in entry.pieces]
+    with (
+        track(model.checkpoint.nbytes, "checking weights") as progress,
+        ThreadPoolExecutor(export.options.threads) as pool,
+    ):
+
+        def examine(job: tuple[str, str]) -> str | None:
+            name, type_name = job
+            weight = model.weight(name)
+            found = check_finite(weight)
+            progress.advance(weight.nbytes)
+            if found.first_bad is not None:
+                return f"{name}: the value at {divmod(found.first_bad, weight.cols)} is NaN or infinite"
+            if found.largest > largest_weight(type_name):
+                limit = largest_weight(type_name)
+                return f"{name}: the magnitude {found.largest:.6g} does not fit {type_name} (at most {limit:.6g})"
+            return None
+
+        problems = [problem for problem in pool.map(examine, jobs) if problem is not None]
+    if problems:
+        raise IntegrityError("the checkpoint holds weights that cannot be exported", problems=problems)
+
+
+def write(export: GgufExport, targets: Sequence[Path]) -> tuple[str, ...]:
+    """Write all files of the export and return the sha256 of each tensor's data, in file order.
+
+    The headers go in last, so that a file cut short by a crash is not a GGUF file at all.
+    """
+    placed = _layouts(export.metadata, export.shards)
+    places = {
+        name: (number, placement.offset)
+        for number, shard in enumerate(placed)
+        for name, placement in shard.placements.items()
+    }
+    digests = [hashlib.sha256() for _ in export.entries]
+    total = sum(step.nbytes for step in export.plan.steps)
+    with ExitStack() as stack:
+        streams = [stack.enter_context(target.open("wb")) for target in targets]
+        for stream, shard in zip(streams, placed, strict=True):
+            stream.truncate(shard.size)
+        progress = stack.enter_context(track(total, "writing"))
+        pool = stack.enter_context(ThreadPoolExecutor(export.options.threads))
+        current = -1
+        for index, data in _encoded(export, pool):
+            if index != current:
+                current = index
+                number, offset = places[export.entries[index].name]
+                streams[number].seek(offset)
+            streams[number].write(data)
+            digests[index].update(data)
+            progress.advance(data.nbytes)
+        metadata = export.metadata | {DIGESTS_KEY: array("u64", [_short(digest.digest()) for digest in digests])}
+        for stream, shard in zip(streams, _layouts(metadata, export.shards), strict=True):
+            stream.seek(0)
+            stream.write(shard.header)
+    return tuple(digest.hexdigest() for digest in digests)
+
+
+def _short(digest: bytes) -> int:
+    """The first eight bytes of a digest, as the metadata carries it."""
+    return int.from_bytes(digest[:8], "little")
+
+
+def _encoded(export: GgufExport, pool: Executor) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """The encoded chunks with their tensor's index, in file order, a few chunks ahead of the writer."""
+    waiting: deque[tuple[int, Future[npt.NDArray[np.uint8]]]] = deque()
+    ahead = 2 * export.options.threads
+    for index, (entry, step) in enumerate(zip(export.entries, export.plan.steps, strict=True)):
+        for start, stop in _chunks(entry):
+            waiting.append((index, pool.submit(_encode_rows, export, entry, step.type_name, start, stop)))
+            if len(waiting) > ahead:
+                yield _next(export, waiting)
+    while waiting:
+        yield _next(export, waiting)
+
+
+def _next(
+    export: GgufExport, waiting: deque[tuple[int, Future[npt.NDArray[np.uint8]]]]
+) -> tuple[int, npt.NDArray[np.uint8]]:
+    index, future = waiting.popleft()
+    data = future.result()
+    if not waiting or waiting[0][0] != index:
+        # The tensor is done: its pages go back to the system.
+        for piece in export.entries[index].pieces:
+            export.model.weight(piece.spec.name).release()
+    return index, data
+
+
+def _encode_rows(export: GgufExport, entry: Entry, type_name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    """u8[stop - start, row bytes]: one chunk, as the file holds it."""
+    if passes_through(export.model, entry, type_name):
+        return np.ascontiguousarray(read_rows(export.model, entry, start, stop, raw=True)).view(np.uint8)
+    importance = None
+    if export.options.importance is not None and entry.name in export.options.importance.entries:
+        importance = export.options.importance.entries[entry.name][start // entry.rows_per_expert]
+    return encode(type_name, read_rows(export.model, entry, start, stop), importance)

@@ -1,0 +1,221 @@
+"""The command line: click, no logic. Results go to stdout, progress and errors to stderr.
+
+Exit codes: 0 passed, 1 internal, 2 usage, 3 unsupported, 4 a check failed, 5 not enough disk or memory,
+6 integrity or security, 7 runtime missing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmx.errors import LlmxError
+
+JSON_OPTION = "--json"
+
+_json = click.option(JSON_OPTION, "as_json", is_flag=True, help="Print one JSON object on stdout.")
+_revision = click.option("--revision", metavar="REV", help="Revision of a hub model (branch, tag or commit).")
+_threads = click.option("--threads", type=int, default=0, show_default="all cores", help="Worker threads.")
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_ANY = click.Path(path_type=Path)
+
+
+def _several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """One decorator from many, in reading order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_what = _several(
+    click.option("--format", "format_", default="gguf", show_default=True, help="Target format: gguf."),
+    click.option("--bits", type=int, help="Size class: 2, 3, 4, 5, 6, 8, 16 or 32. [default: 4]"),
+    click.option("--type", "type_name", metavar="NAME", help="Exact file type, for example Q4_K_M, IQ4_XS, BF16."),
+    click.option(
+        "--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Type of single tensors; repeatable."
+    ),
+    click.option("--imatrix", type=_FILE, help="Importance matrix file, GGUF or legacy .dat."),
+    click.option("--split-max-size", metavar="SIZE", help="Split into files of at most this size, for example 2GB."),
+    _revision,
+)
+_limits = _several(
+    click.option("--text", type=_FILE, help="Text to judge on. [default: a built-in mixed text]"),
+    click.option("--max-kl", type=float, help="Largest mean KL divergence to pass."),
+    click.option("--min-top1", type=float, help="Smallest share of equal most likely tokens to pass."),
+    click.option("--max-ppl-ratio", type=float, help="Largest perplexity ratio to pass."),
+    click.option("--min-tokens-per-second", type=float, help="Slowest decoding to pass."),
+)
+
+
+@click.group(epilog="Exit codes: 0 passed, 2 usage, 3 unsupported, 4 check failed, 5 resources, 6 integrity, 7 no runtime.")
+@click.version_option(package_name="llmx")
+def commands() -> None:
+    """Turn a Hugging Face checkpoint into a file that runs where people deploy, and prove it there."""
+
+
+@commands.command(short_help="Quantize, write, rerun on the target runtime, report.")
+@click.argument("model")
+@_what
+@click.option("--method", default="auto", show_default=True, help="auto, rtn, awq or gptq.")
+@click.option("--calibration", type=_FILE, help="Calibration text, for the methods that calibrate.")
+@click.option("-o", "--output", type=_ANY, default=Path(), show_default=".", help="A folder, or a .gguf file.")
+@_threads
+@click.option("--validate/--no-validate", default=True, show_default=True, help="Rerun the artifact on its runtime.")
+@_limits
+@click.option("--force", is_flag=True, help="Replace an artifact that exists.")
+@_json
+def export(output: Path, validate: bool, force: bool, as_json: bool, **chosen: Any) -> None:
+    """Turn MODEL (a folder or a hub id) into an artifact, rerun it on its runtime and report.
+
+    \b
+    Examples:
+      llmx export ./SmolLM2-135M --format gguf --bits 4
+      llmx export HuggingFaceTB/SmolLM2-135M --type Q5_K_M -o out/
+      llmx export ./model --type Q4_K_M --imatrix imatrix.gguf --tensor-type 'attn_v=Q8_0'
+    """
+    from llmx import api, describe
+
+    result = api.export(_request(output=output, validate=validate, force=force, **chosen))
+    if as_json:
+        _print_json(result.to_json())
+        return
+    click.echo(describe.export(result))
+
+
+@commands.command(short_help="Rerun an artifact and judge it against its model.")
+@click.argument("artifact", type=_ANY)
+@click.option("--reference", required=True, metavar="MODEL", help="The checkpoint it was made from: folder or hub id.")
+@_revision
+@click.option("-o", "--output", type=_ANY, help="Folder for report.json.")
+@_threads
+@_limits
+@_json
+def validate(artifact: Path, reference: str, output: Path | None, as_json: bool, **chosen: Any) -> None:
+    """Rerun ARTIFACT, ours or anybody's, on its runtime and judge it against MODEL.
+
+    \b
+    Examples:
+      llmx validate model-Q4_K_M.gguf --reference ./model
+      llmx validate model-Q4_K_M.gguf --reference org/model --text my.txt --max-kl 0.05 -o reports/
+    """
+    from llmx import api, describe
+
+    revision, threads = chosen.pop("revision"), chosen.pop("threads")
+    text = chosen.pop("text")
+    report = api.validate(
+        artifact, reference, revision=revision, text=text, limits=api.limits(**chosen), output=output, threads=threads
+    )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        click.echo(describe.report(report))
+    click.get_current_context().exit(api.exit_code(report))
+
+
+@commands.command(short_help="What an export would write, before a weight is read.")
+@click.argument("model")
+@_what
+@_threads
+@_json
+def plan(as_json: bool, **chosen: Any) -> None:
+    """Print every tensor's type, the exact output size, the memory and the fall-backs, without reading a weight.
+
+    \b
+    Example:
+      llmx plan ./model --format gguf --bits 4
+    """
+    from llmx import api, describe
+
+    planned = api.plan(_request(**chosen)).plan
+    if as_json:
+        _print_json(planned.to_json())
+        return
+    click.echo(describe.plan(planned))
+
+
+@commands.command(short_help="What a GGUF file holds.")
+@click.argument("file", type=_ANY)
+@_json
+def inspect(file: Path, as_json: bool) -> None:
+    """Print the metadata, types and tensors of any GGUF FILE, split sets included.
+
+    \b
+    Example:
+      llmx inspect model-Q4_K_M.gguf
+    """
+    from llmx import api, describe
+
+    found = api.inspect(file)
+    if as_json:
+        _print_json(found)
+        return
+    click.echo(describe.file(found))
+
+
+@commands.command(short_help="Which runtimes are here, and why not.")
+@_json
+def doctor(as_json: bool) -> None:
+    """Print which runtimes and libraries are installed, and why a runtime cannot be used.
+
+    \b
+    Example:
+      llmx doctor
+    """
+    from llmx import api, describe
+
+    found = api.doctor()
+    if as_json:
+        _print_json(found)
+        return
+    click.echo(describe.doctor(found))
+
+
+def _request(
+    model: str,
+    format_: str,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    max_ppl_ratio: float | None = None,
+    min_tokens_per_second: float | None = None,
+    **chosen: Any,
+) -> Any:
+    from llmx import api
+
+    judged = None
+    if (limits := (max_kl, min_top1, max_ppl_ratio, min_tokens_per_second)) != (None,) * 4:
+        judged = api.limits(*limits)
+    return api.ExportRequest(model=model, format=format_, limits=judged, **chosen)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def main() -> None:
+    """The `llmx` command."""
+    try:
+        sys.exit(commands.main(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted: nothing was left under the final name", err=True)
+        sys.exit(130)
+    except LlmxError as error:
+        if JSON_OPTION in sys.argv:
+            _print_json({"error": error.to_json()})
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What the commands print for people: plain text and tables, made from the records that `--json` prints whole."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmx.api import ExportResult
+    from llmx.exporters.plan import Plan
+    from llmx.validate.report import Report
+
+_SHOWN_ITEMS = 4
+_SHOWN_TEXT = 72
+
+
+def export(result: ExportResult) -> str:
+    """The artifact, what it cost, what was done otherwise than asked, and the checks."""
+    lines = [
+        f"{result.artifact}",
+        f"  {result.plan['type']}, {_megabytes(result.nbytes)}, {result.plan['bits_per_weight']:.2f} bits per weight",
+        f"  written in {result.seconds:.1f} s, peak memory {_megabytes(result.peak_rss_bytes)}",
+        *_remarks(result.plan),
+    ]
+    if result.validation is None:
+        lines.append("  not validated: run `llmx validate` before anybody relies on it")
+    else:
+        lines += ["", report(result.validation).rstrip()]
+    return "\n".join([*lines, f"report: {result.report_path}"])
+
+
+def report(found: Report) -> str:
+    """The checks as a table, with a line of explanation under it for each that did not pass."""
+    from llmx.validate.report import as_table
+
+    return as_table(found)
+
+
+def plan(planned: Plan) -> str:
+    """Every tensor's type and size, then the totals."""
+    described = planned.to_json()
+    rows = [
+        (t["name"], "x".join(map(str, t["shape"])), t["type"], f"{t['bytes']:,}", t["fell_back_from"] or "")
+        for t in described["tensors"]
+    ]
+    types = ", ".join(f"{count} {name}" for name, count in described["types"].items())
+    lines = [
+        _table(("tensor", "shape", "type", "bytes", "instead of"), rows),
+        *(f"{file['name']}  {file['bytes']:,} bytes" for file in described["files"]),
+        f"  {planned.parameters:,} parameters, {planned.bits_per_weight:.2f} bits per weight: {types}",
+        f"  peak memory about {_megabytes(planned.peak_memory_bytes)}",
+        *_remarks(described),
+    ]
+    return "\n".join(lines)
+
+
+def file(found: dict[str, Any]) -> str:
+    """The metadata, shortened, then the tensors."""
+    metadata = [(key, value["type"], _shortened(value["value"])) for key, value in found["metadata"].items()]
+    tensors = [(t["name"], "x".join(map(str, t["shape"])), t["type"], f"{t['bytes']:,}") for t in found["tensors"]]
+    lines = [
+        _table(("key", "type", "value"), metadata),
+        _table(("tensor", "shape", "type", "bytes"), tensors),
+        f"GGUF version {found['version']}, {found['bytes']:,} bytes, {found['parameters']:,} parameters, "
+        f"{found['bits_per_weight']:.2f} bits per weight",
+    ]
+    return "\n".join(lines)
+
+
+def doctor(found: dict[str, Any]) -> str:
+    """Runtimes with the reason where one is missing, then libraries and the machine."""
+    runtimes = [(r["name"], "ready" if r["available"] else "missing", r["reason"] or "") for r in found["runtimes"]]
+    libraries = [(name, version or "not installed") for name, version in found["libraries"].items()]
+    machine = f"{found['cores']} cores, {_megabytes(found['memory_bytes'])} memory, Python {found['python']}"
+    return "\n".join(
+        [_table(("runtime", "state", "reason"), runtimes), _table(("library", "version"), libraries), machine]
+    )
+
+
+def _remarks(described: dict[str, Any]) -> list[str]:
+    lines = [f"  note: {note}" for note in described["notes"]]
+    if described["fall_backs"]:
+        shown = "; ".join(described["fall_backs"][:_SHOWN_ITEMS])
+        more = len(described["fall_backs"]) - _SHOWN_ITEMS
+        lines.append(f"  {len(described['fall_backs'])} tensors in another type, for their row length: {shown}")
+        if more > 0:
+            lines[-1] += f"; and {more} more"
+    return lines
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _shortened(value: Any) -> str:
+    if isinstance(value, list):
+        shown = ", ".join(map(_shortened, value[:_SHOWN_ITEMS]))
+        return f"[{shown}{', …' if len(value) > _SHOWN_ITEMS else ''}] ({len(value)})"
+    written = repr(value) if isinstance(value, str) else str(value)
+    return written if len(written) <= _SHOWN_TEXT else f"{written[:_SHOWN_TEXT]}…"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    out = io.StringIO()
+    Console(file=out, width=160, highlight=False).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
