@@ -38,6 +38,8 @@ from llmx.formats.gguf_writer import TensorInfo, layout
 KIND = "imatrix"
 SUMS, COUNTS = ".in_sum2", ".counts"
 KEY_TYPES = {"imatrix.datasets": "[str]", "imatrix.chunk_count": "u32", "imatrix.chunk_size": "u32"}
+MAX_FILE_BYTES = 2**32  # the largest models' take about 1.5 GB
+MAX_COUNT = 2**53
 INT = struct.Struct("<i")
 MIN_ENTRY_BYTES = 4 + 1 + 4 + 4 + 4  # name length, name, calls, number of values, one value
 
@@ -85,6 +87,9 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     path = Path(path)
     if not path.is_file():
         raise UsageError("no such importance matrix", where=path)
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise IntegrityError(f"a file of {size} bytes is no importance matrix", where=path)
     with path.open("rb") as file:
         begins_as_gguf = file.read(len(MAGIC)) == MAGIC
     return _from_gguf(read_gguf(path)) if begins_as_gguf else _from_legacy(path)
@@ -178,6 +183,8 @@ def _pair_offence(file: GgufFile, name: str) -> str | None:
         return "the values are not F32"
     if any(not _usable(_values(file, name + end)) for end in (SUMS, COUNTS)):
         return "a value is negative or not finite"
+    if _values(file, name + COUNTS).max() > MAX_COUNT:
+        return f"a count is above {MAX_COUNT}"
     sums, experts = (_values(file, name + end).size for end in (SUMS, COUNTS))
     return f"{sums} sums for {experts} experts" if sums % experts else None
 
