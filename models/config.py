@@ -5,6 +5,7 @@ A key that nothing here knows is an error unless its value is null or empty: it 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -79,9 +80,7 @@ def unknown_keys(config: Mapping[str, Any], known: set[str], fixed: Mapping[str,
     lines = []
     for key, value in config.items():
         if key in fixed:
-            if not any(
-                value is allowed or (value == allowed and type(value) is type(allowed)) for allowed in fixed[key]
-            ):
+            if not any(value == allowed and type(value) is type(allowed) for allowed in fixed[key]):
                 choices = " or ".join(map(_shown, fixed[key]))
                 lines.append(f"{key}: {_shown(value)} is not supported here (only {choices})")
         elif key not in known and key not in IGNORED and value not in (None, [], {}, ""):
@@ -90,9 +89,7 @@ def unknown_keys(config: Mapping[str, Any], known: set[str], fixed: Mapping[str,
 
 
 def _shown(value: Any) -> str:
-    text = (
-        {None: "null", True: "true", False: "false"}[value] if value is None or value in (True, False) else repr(value)
-    )
+    text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

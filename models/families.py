@@ -21,7 +21,6 @@ from llmx.models.family import (
     fill_in,
     late_sliding,
     patterned_sliding,
-    switched_sliding,
 )
 from llmx.models.rope_config import RopeRule
 
@@ -228,7 +227,7 @@ QWEN3_MOE = replace(
         *_mlp("never", when="dense"),
     ),
     alternatives=((_experts("mlp", "gate_proj", "up_proj", "down_proj"), _FUSED_EXPERTS),),
-    window=switched_sliding,
+    window=all_sliding,
     listed_windows=False,
 )
 MIXTRAL = replace(

@@ -51,7 +51,7 @@ class TensorRule:
 
 @dataclass(frozen=True, slots=True)
 class Redundant:
-    """Tensors that some checkpoints carry and no model needs: a pattern, why, and the role they must equal bit for bit."""
+    """Tensors some checkpoints carry and no model needs: a pattern, why, and the role whose bits they must repeat."""
 
     pattern: str
     reason: str
@@ -102,18 +102,13 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 def all_sliding(values: Mapping[str, Any]) -> list[LayerKind]:
     """Every layer has the window, if there is one."""
-    return ["full" if values["sliding_window"] is None else "sliding"] * values["layers"]
-
-
-def switched_sliding(values: Mapping[str, Any]) -> list[LayerKind]:
-    """Every layer has the window if use_sliding_window says so."""
-    used = values["use_sliding_window"] and values["sliding_window"] is not None
-    return ["sliding" if used else "full"] * values["layers"]
+    kind: LayerKind = "full" if values["sliding_window"] is None else "sliding"
+    return [kind] * values["layers"]
 
 
 def late_sliding(values: Mapping[str, Any]) -> list[LayerKind]:
-    """Layers from max_window_layers on have the window, if use_sliding_window says so."""
-    kinds = switched_sliding(values)
+    """Layers from max_window_layers on have the window, if there is one."""
+    kinds = all_sliding(values)
     return ["full" if layer < values["max_window_layers"] else kind for layer, kind in enumerate(kinds)]
 
 
@@ -193,6 +188,8 @@ def _derive(values: dict[str, Any], problems: list[str]) -> None:
     values["attention_scale"] = scale if values.get("scaled_attention", True) else 1.0
     experts = values.setdefault("experts", 0)
     used = values.setdefault("experts_used", 0)
+    if experts == 1:
+        problems.append("one expert is no mixture of experts")
     if used > experts:
         problems.append(f"{used} experts a token are more than the {experts} there are")
     values.setdefault("expert_intermediate", values["intermediate"] if experts else 0)
@@ -203,6 +200,8 @@ def _derive(values: dict[str, Any], problems: list[str]) -> None:
     )
     for name in ("sliding_window", "layer_types"):
         values.setdefault(name, None)
+    if not values.get("use_sliding_window", True):
+        values["sliding_window"] = None
 
 
 def _layer_kinds(family: Family, values: Mapping[str, Any], problems: list[str]) -> list[LayerKind]:
@@ -217,7 +216,7 @@ def _layer_kinds(family: Family, values: Mapping[str, Any], problems: list[str])
             f"not {len(given)}{' with ' + ', '.join(unknown) if unknown else ''}"
         )
         return kinds
-    listed = [LAYER_KINDS[name] for name in given]
+    listed: list[LayerKind] = [LAYER_KINDS[name] for name in given]
     if not family.listed_windows and listed != kinds:
         problems.append("layer_types: it disagrees with sliding_window, which is what this family follows")
     if "sliding" in listed and values["sliding_window"] is None:
@@ -306,7 +305,7 @@ def _specs(
     """The rule's weight and, where there is one, its bias (which is sliced like its weight)."""
     stem = rule.role if layer is None else f"layers.{layer}.{rule.role}"
     shape = tuple(dims[name] for name in rule.shape)
-    out = shape[-2] if len(shape) > 1 else shape[0]
+    out = shape[max(len(shape) - 2, 0)]
     experts = range(shape[0]) if "{expert}" in rule.source else (0,)
     names = tuple(rule.source.format(prefix=prefix, layer=layer, expert=expert) for expert in experts)
     start = None if rule.after is None else sum(dims[name] for name in rule.after)

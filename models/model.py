@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -223,7 +224,7 @@ def _shape_problems(name: str, stored: tuple[int, ...], uses: list[_Use]) -> lis
     expected = uses[0].shape
     if uses[0].rows is not None:
         ranges = sorted(use.rows for use in uses if use.rows is not None)
-        assert ranges[0][0] == 0 and all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+        assert ranges[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
         axis = _output_axis(uses[0])
         expected = tuple(ranges[-1][1] if n == axis else size for n, size in enumerate(expected))
     else:
