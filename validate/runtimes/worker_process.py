@@ -1,0 +1,159 @@
+"""A runtime in a process of its own: it may abort on a broken file, and its memory is measured apart from ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from llmx.errors import CheckFailed, IntegrityError, LlmxError, ResourceError, RuntimeMissing, UsageError
+from llmx.validate.runtimes.frames import read_frame, write_frame
+
+# What a worker's refusal becomes here. A kind that is not listed is a bug of ours.
+ERRORS: dict[str, type[LlmxError]] = {
+    kind.__name__: kind for kind in (CheckFailed, IntegrityError, ResourceError, RuntimeMissing, UsageError)
+}
+_KILLED = -9
+_KEPT_LINES = 200
+_SHOWN_LINES = 12
+_LONGEST_LINE = 4096
+
+
+class WorkerProcess:
+    """`python -m module`, asked by frames on its standard input, answering on its standard output.
+
+    Its standard error is drained into a bounded buffer, whose end goes into the error when it dies.
+    `folder`, where given, is its own and is removed when it ends.
+    """
+
+    def __init__(
+        self, module: str, *, label: str, timeout: float, environment: Mapping[str, str], folder: Path | None = None
+    ) -> None:
+        self._label = label
+        self._timeout = timeout
+        # -P keeps the caller's folder off the import path: a file `json.py` there must not be run.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **environment},
+        )
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        stderr = cast(BinaryIO, self._process.stderr)
+        self._drain = threading.Thread(target=_drain, args=(stderr, self._lines), daemon=True)
+        self._drain.start()
+        # A session that nobody closed still leaves no process behind.
+        self._end = weakref.finalize(self, _end, self._process, self._drain, folder)
+
+    @property
+    def process_id(self) -> int:
+        """Return the worker's process id."""
+        return self._process.pid
+
+    def ask(
+        self, command: str, *, death: type[LlmxError] = CheckFailed, where: object = None, **arguments: Any
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Return the answer and its block of floats.
+
+        Raises the error that the worker names; death, with its last words, where it dies; ResourceError where the
+        system killed it; CheckFailed where it answers too late; UsageError after close.
+        """
+        if not self._end.alive:
+            raise UsageError(f"the {self._label} session is closed")
+        expired = threading.Event()
+        # Without a reference to self: a session must be collected, and its worker ended, also while the timer winds up.
+        timer = threading.Timer(self._timeout, _expire, (self._process, expired))
+        timer.daemon = True
+        timer.start()
+        try:
+            write_frame(cast(BinaryIO, self._process.stdin), {"command": command, **arguments})
+            answer, block = read_frame(cast(BinaryIO, self._process.stdout))
+        except (EOFError, OSError):
+            raise self._death(command, death, where, late=expired.is_set()) from None
+        except BaseException:
+            # Interrupted between question and answer: the stream is out of step, so the worker is of no use any more.
+            self.close()
+            raise
+        finally:
+            timer.cancel()
+        problem = answer.get("error")
+        if problem is not None:
+            kind = ERRORS.get(problem["kind"], LlmxError)
+            raise kind(problem["what"], where=where, fix=problem.get("fix"), problems=problem.get("problems", ()))
+        return answer, block
+
+    def close(self) -> None:
+        """Kill the worker and wait for it. Never raises; may be called twice."""
+        self._end()
+
+    def _death(self, command: str, kind: type[LlmxError], where: object, *, late: bool) -> LlmxError:
+        code = self._await_exit()
+        self.close()
+        lines = tuple(self._lines)[-_SHOWN_LINES:]
+        if late:
+            what = f"{self._label} gave no answer to {command!r} within {self._timeout:g} s and was stopped"
+            return CheckFailed(what, where=where, problems=lines)
+        what = f"{self._label} died while it was asked to {command!r} ({_exit_text(code)})"
+        if code == _KILLED:
+            # Nothing in a file does this: the system kills so when memory runs out, or a person did.
+            return ResourceError(
+                what, where=where, fix="free some memory, or ask for a shorter context", problems=lines
+            )
+        return kind(what + "; its last lines follow", where=where, problems=lines)
+
+    def _await_exit(self) -> int:
+        # The pipe closes a moment before the exit status is there.
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._drain.join(10)
+        return self._process.returncode
+
+
+def _expire(process: subprocess.Popen[bytes], expired: threading.Event) -> None:
+    expired.set()
+    process.kill()
+
+
+def _drain(stream: BinaryIO, lines: deque[str]) -> None:
+    while line := stream.readline(_LONGEST_LINE):
+        text = line.decode(errors="replace").rstrip()
+        if text:
+            lines.append(text)
+
+
+def _end(process: subprocess.Popen[bytes], drain: threading.Thread, folder: Path | None) -> None:
+    process.kill()
+    process.wait()
+    drain.join(5)
+    # A drain still waiting (a child of the worker holds the pipe) owns stderr's lock: closing it would wait as well.
+    streams = (process.stdin, process.stdout, None if drain.is_alive() else process.stderr)
+    for stream in streams:
+        if stream is not None:
+            with contextlib.suppress(OSError):  # an unsent question to a process that is gone
+                stream.close()
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exit_text(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
