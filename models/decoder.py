@@ -96,11 +96,8 @@ def layer(model: Model, ops: Ops[Tensor], index: int, hidden: Tensor, positions:
     branch = _attention(model, ops, index, branch, positions)
     hidden = ops.add(hidden, _optional_norm(model, ops, f"layers.{index}.attention_post_norm", branch))
     branch = _norm(model, ops, f"layers.{index}.ffn_norm", hidden)
-    branch = (
-        _experts(model, ops, index, branch)
-        if model.architecture.sparse_layers[index]
-        else _mlp(model, ops, index, branch)
-    )
+    feed_forward = _experts if model.architecture.sparse_layers[index] else _mlp
+    branch = feed_forward(model, ops, index, branch)
     return ops.add(hidden, _optional_norm(model, ops, f"layers.{index}.ffn_post_norm", branch))
 
 
