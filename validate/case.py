@@ -1,0 +1,90 @@
+"""What is being validated and how: the record that every check reads, and the text cut into chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from llmx.exporters.gguf_families import gguf_family
+from llmx.exporters.gguf_tensors import Entry, entries
+from llmx.formats.gguf import GgufFile
+from llmx.models.model import Model
+from llmx.validate.oracle import Tokens
+from llmx.validate.runtimes import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the user asks for; None takes the default of the check."""
+
+    max_kl: float | None = None
+    min_top1: float | None = None
+    max_ppl_ratio: float | None = None
+    min_tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """positions: how many judged next-token distributions at least. chunk: tokens fed at once, each chunk afresh.
+
+    twin_bytes: how large the float32 twin of the conversion check may be, on disk and again in memory.
+    window_tokens: how long the longest sequence may be that is run to pass a sliding window.
+    """
+
+    positions: int = 512
+    chunk: int = 256
+    threads: int = 1
+    twin_bytes: int = 4 << 30
+    window_tokens: int = 1024 + 64
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One artifact against one reference on one runtime. scratch: an empty folder that is removed afterwards."""
+
+    artifact: Path
+    file: GgufFile
+    model: Model
+    tokens: Tokens
+    runtime: Runtime
+    text: str
+    limits: Limits
+    settings: Settings
+    scratch: Path
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the text, without BOS."""
+        return self.tokens.encode(self.text, add_special=False)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk: never more than the model's context."""
+        return min(self.settings.chunk, self.model.architecture.context_length)
+
+    @property
+    def leading(self) -> list[int]:
+        """What stands before the first token of a sequence: [BOS] if the tokenizer adds it."""
+        ids = self.tokens.encode("", add_special=True)
+        return ids[:1] if ids[:1] == [self.tokens.bos] else []
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The tensors that the artifact must hold, in GGUF's layout."""
+        a = self.model.architecture
+        family = gguf_family(a)
+        return entries(a, family, min(a.vocab, self.tokens.size) if family.cut_padding_rows else a.vocab)
+
+    @property
+    def bits_per_weight(self) -> float:
+        tensors = self.file.tensors.values()
+        return 8 * sum(tensor.nbytes for tensor in tensors) / sum(prod(tensor.shape) for tensor in tensors)
+
+
+def chunks(ids: Sequence[int], leading: Sequence[int], length: int, count: int) -> Iterator[list[int]]:
+    """Yields up to `count` sequences of `length` tokens that do not overlap, each opened by `leading`."""
+    body = length - len(leading)
+    for number in range(min(count, len(ids) // body)):
+        yield [*leading, *ids[number * body : (number + 1) * body]]
