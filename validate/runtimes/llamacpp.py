@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from llmx.errors import IntegrityError, RuntimeMissing, UsageError
+from llmx.errors import CheckFailed, IntegrityError, RuntimeMissing, UsageError
 from llmx.validate.runtimes import Speed
 from llmx.validate.runtimes.llamacpp_library import BACKENDS, Backend, available_backend, why_unavailable
 from llmx.validate.runtimes.worker_process import WorkerProcess
@@ -191,6 +191,11 @@ class LlamaCppSession:
         try:
             address = str(folder / "template.sock")
             renderer.ask("open", where=self._artifact, artifact=str(self._artifact), address=address)
+        except CheckFailed as error:
+            problems = (*error.problems, *renderer.last_words())
+            raise CheckFailed(
+                error.what, where=error.where, fix=error.fix, problems=tuple(dict.fromkeys(problems))
+            ) from None
         except BaseException:
             renderer.close()
             raise

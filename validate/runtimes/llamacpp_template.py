@@ -43,7 +43,7 @@ class Renderer:
         try:
             self._server = package.Server(params)
         except RuntimeError as error:
-            raise CheckFailed(f"llama.cpp's server does not start with this chat template: {error}") from error
+            raise CheckFailed("llama.cpp's server does not start with this file and its chat template") from error
         self._address = address
         return {}, None
 

@@ -94,6 +94,15 @@ class WorkerProcess:
             raise kind(problem["what"], where=where, fix=problem.get("fix"), problems=problem.get("problems", ()))
         return answer, block
 
+    def last_words(self) -> tuple[str, ...]:
+        """Let the worker end by itself, for its log to be complete, and return the last lines it wrote."""
+        if self._end.alive:
+            with contextlib.suppress(OSError):
+                cast(BinaryIO, self._process.stdin).close()
+            self._await_exit()
+            self.close()
+        return tuple(self._lines)[-_SHOWN_LINES:]
+
     def close(self) -> None:
         """Kill the worker and wait for it. Never raises; may be called twice."""
         self._end()
