@@ -101,7 +101,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         raise UsageError("MODEL is a file; give the folder that holds config.json.", where=path)
     elif isinstance(model, str) and _HUB_ID.fullmatch(model):
         folder = _download(model, revision)
-        source = CheckpointSource(model, revision or folder.name)
+        source = CheckpointSource(model, folder.name)  # the snapshot is named by its commit
     else:
         raise UsageError("MODEL is neither a folder nor a hub id such as owner/name.", where=model)
     _refuse_other_kinds(folder)
@@ -118,12 +118,17 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         # With HF_HUB_OFFLINE set, or without a connection, this answers from the local cache.
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(DOWNLOADED)))
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise UsageError(
             "There is no such folder here and no such model on the hub (or it is private).",
             where=model,
@@ -168,7 +173,7 @@ def _refuse_other_kinds(folder: Path) -> None:
         (
             not safetensors,
             UnsupportedError,
-            "This folder has no *.safetensors weights.",
+            "There are no *.safetensors weights (pickle files are not downloaded).",
             f"Give a folder with {SINGLE} or {INDEX} and its shards.",
         ),
     ]

@@ -6,22 +6,23 @@ A key that nothing here knows is an error unless its value is null or empty: it 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+LARGEST_NUMBER = 1e12
 
 ValueKind = Literal["count", "natural", "positive", "flag", "text", "texts", "indices"]
 
 
 def is_number(value: object) -> bool:
-    """True for a finite JSON number (a flag is none)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """True for a JSON number of a sane size (a flag is none): hostile sizes must not overflow later arithmetic."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST_NUMBER < value < LARGEST_NUMBER
 
 
 VALUE_KINDS: dict[ValueKind, tuple[str, Callable[[Any], bool]]] = {
-    "count": ("a whole number from 1", lambda value: type(value) is int and value >= 1),
-    "natural": ("a whole number from 0", lambda value: type(value) is int and value >= 0),
+    "count": ("a whole number from 1", lambda value: type(value) is int and 1 <= value < 1 << 31),
+    "natural": ("a whole number from 0", lambda value: type(value) is int and 0 <= value < 1 << 31),
     "positive": ("a number above 0", lambda value: is_number(value) and value > 0),
     "flag": ("true or false", lambda value: isinstance(value, bool)),
     "text": ("a text", lambda value: isinstance(value, str)),
@@ -95,7 +96,7 @@ def _shown(value: Any) -> str:
 
 _IGNORED_FOR: dict[str, str] = {
     "it names the family or the class, or says who made the file": """
-        model_type architectures auto_map _name_or_path name_or_path transformers_version _commit_hash
+        model_type architectures is_decoder auto_map _name_or_path name_or_path transformers_version _commit_hash
         transformers.js_config tokenizer_class unsloth_fixed unsloth_version unsloth_fixed_mistral is_llama_config
         task_specific_params finetuning_task license model_name""",
     "the stored tensors say their own dtype": "torch_dtype dtype",

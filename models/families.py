@@ -332,7 +332,7 @@ def describe(config: Mapping[str, Any], tensor_names: Iterable[str] | None = Non
     Raises: UnsupportedError for an unknown family, or naming every key that llmx does not know or implement.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         note = NEIGHBOURS.get(str(model_type))
         raise UnsupportedError(

@@ -27,6 +27,8 @@ LAYER_KINDS: dict[str, LayerKind] = {
     "attention": "full",
     "sliding_attention": "sliding",
 }
+LARGEST_COUNT = 1_000_000  # layers times experts; a config that asks for more is a mistake or an attack
+
 # Endings of classes that are a causal language model (or its body alone, as GPT-2's first checkpoints are).
 CLASS_ENDINGS = ("ForCausalLM", "LMHeadModel", "Model")
 
@@ -83,7 +85,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "compression_config": (None,),
     "is_encoder_decoder": (False,),
-    "is_decoder": (False, True),
     "add_cross_attention": (False,),
     "pruned_heads": ({}, None),
     "use_bidirectional_attention": (False, None),
@@ -188,6 +189,8 @@ def _derive(values: dict[str, Any], problems: list[str]) -> None:
     values["attention_scale"] = scale if values.get("scaled_attention", True) else 1.0
     experts = values.setdefault("experts", 0)
     used = values.setdefault("experts_used", 0)
+    if values["layers"] * max(experts, 1) > LARGEST_COUNT:
+        raise UnsupportedError(f"{values['layers']} layers of {experts} experts are no model.", where="config.json")
     if experts == 1:
         problems.append("one expert is no mixture of experts")
     if used > experts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from llmx.models.architecture import Rope, RopeKind
@@ -28,6 +28,7 @@ KEYS: dict[RopeKind, tuple[frozenset[str], frozenset[str]]] = {
 }
 COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 IGNORED = {"finetuned": "it tells that the model was trained with the scaling; the scaling is the same"}
+ABOVE_ONE = {"rope_theta", "original_max_position_embeddings"}
 LISTS = {"short_factor", "long_factor"}
 CONFIG_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 
@@ -67,9 +68,14 @@ def _read_by_layer_kind(
     config: Mapping[str, Any], rule: RopeRule, settings: Mapping[str, Any], problems: list[str]
 ) -> tuple[Rope | None, Rope | None]:
     nested = dict(config.get("rope_parameters") or {})
-    full = {**(nested.pop("full_attention", None) or {}), **(config.get("rope_scaling") or {})}
-    local = dict(nested.pop("sliding_attention", None) or {})
+    parts = {kind: nested.pop(kind, None) or {} for kind in ("full_attention", "sliding_attention")}
     problems += [f"rope_parameters.{key}: a key llmx does not know" for key in sorted(nested)]
+    malformed = [kind for kind, part in parts.items() if not isinstance(part, dict)]
+    if malformed:
+        problems += [f"rope_parameters.{kind}: an object is expected" for kind in malformed]
+        return None, None
+    full = {**parts["full_attention"], **(config.get("rope_scaling") or {})}
+    local = dict(parts["sliding_attention"])
     _fill(full, "rope_theta", config.get("rope_theta", rule.theta))
     _fill(local, "rope_theta", config.get("rope_local_base_freq", rule.local_theta))
     return (
@@ -96,8 +102,8 @@ def _rope(
     problems += _key_problems(raw, kind, where)
     partial = raw.get("partial_rotary_factor")
     partial = 1.0 if partial is None else partial
-    if len(problems) == before and partial != 1.0 and not rule.partial:
-        problems.append(f"{where}.partial_rotary_factor: {partial} is not supported for this family (only 1)")
+    if len(problems) == before and partial != 1.0 and not (rule.partial and partial < 1.0):
+        problems.append(f"{where}.partial_rotary_factor: {partial} is not supported for this family")
     if len(problems) > before:
         return None
     dim = int(settings["head_dim"] * partial)
@@ -120,6 +126,8 @@ def _key_problems(raw: Mapping[str, Any], kind: RopeKind, where: str) -> list[st
             valid = isinstance(value, bool)
         else:
             valid = is_number(value) and value > 0
+        if key in ABOVE_ONE and is_number(value):  # their logarithm divides
+            valid = value > 1
         if not valid:
             problems.append(f"{where}.{key}: {value!r} is no valid value")
     return problems
@@ -157,8 +165,6 @@ def _filled(raw: Mapping[str, Any], kind: RopeKind, dim: int, settings: Mapping[
 
 def _with_attention_factor(rope: Rope, given: float | None) -> Rope:
     """The record with the number that multiplies cos and sin: given, or as YaRN's and LongRoPE's papers have it."""
-    from dataclasses import replace
-
     formulas = {"yarn": _yarn_attention_factor, "longrope": _longrope_attention_factor}
     if rope.kind not in formulas:
         return rope
@@ -179,7 +185,9 @@ def _yarn_attention_factor(rope: Rope) -> float:
 def _longrope_attention_factor(rope: Rope) -> float:
     """LongRoPE as Phi-3 has it, https://arxiv.org/abs/2404.14219."""
     assert rope.original_context is not None
-    return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_context))
+    if rope.factor <= 1 or rope.original_context <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_context))
 
 
 def _value_problems(rope: Rope) -> list[str]:
