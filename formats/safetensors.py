@@ -27,6 +27,7 @@ from llmx.errors import IntegrityError, UsageError
 from llmx.formats.json_text import parse_object
 
 HEADER_LIMIT = 100_000_000  # bytes; the reference reader's own limit
+DIMENSION_LIMIT = 16
 LISTED_PROBLEMS = 100
 
 # Bits an element. Four- and six-bit elements are packed, so a tensor of them must fill whole bytes.
@@ -159,15 +160,18 @@ def _entry(name: str, entry: Any, data_start: int, problems: list[str]) -> Store
     if set(fields) != {"dtype", "shape", "data_offsets"} or not _naturals(shape) or not _naturals(offsets):
         problems.append(f"{name!r}: an entry is exactly dtype, shape and data_offsets, in whole numbers")
         return None
-    if dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         problems.append(f"{name!r}: unknown dtype {dtype!r}")
+        return None
+    if len(shape) > DIMENSION_LIMIT:
+        problems.append(f"{name!r}: {len(shape)} dimensions, the limit is {DIMENSION_LIMIT}")
         return None
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         problems.append(f"{name!r}: data_offsets {offsets} is no range")
         return None
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
-        problems.append(f"{name!r}: {dtype} {shape} takes {bits / 8:g} bytes, not {offsets[1] - offsets[0]}")
+        problems.append(f"{name!r}: {dtype} {shape} takes {bits // 8} bytes, not {offsets[1] - offsets[0]}")
         return None
     return StoredTensor(dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
 

@@ -92,12 +92,12 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     Raises: UsageError when MODEL is neither a folder nor a hub id; UnsupportedError when it has no safetensors;
     IntegrityError when shards are missing, cut or disagree with their index; ResourceError when a download fails.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(model)
+    if str(model) and path.is_dir():
         if revision is not None:
             raise UsageError("--revision names a hub revision; MODEL is a local folder.", where=path)
         folder, source = path, CheckpointSource(str(model), None)
-    elif path.exists():
+    elif path.is_file():
         raise UsageError("MODEL is a file; give the folder that holds config.json.", where=path)
     elif isinstance(model, str) and _HUB_ID.fullmatch(model):
         folder = _download(model, revision)
@@ -136,7 +136,7 @@ def _download(model: str, revision: str | None) -> Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ResourceError(
-            f"The model is not in the local cache and could not be downloaded: {_first_line(error)}",
+            f"There is no such folder and no such model in the local cache; downloading failed: {_first_line(error)}",
             where=model if revision is None else f"{model} at {revision}",
             fix="Give a local folder, or connect and run again; HF_HUB_OFFLINE must not be set.",
         ) from error

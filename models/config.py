@@ -82,14 +82,15 @@ def unknown_keys(config: Mapping[str, Any], known: set[str], fixed: Mapping[str,
     for key, value in config.items():
         if key in fixed:
             if not any(value == allowed and type(value) is type(allowed) for allowed in fixed[key]):
-                choices = " or ".join(map(_shown, fixed[key]))
-                lines.append(f"{key}: {_shown(value)} is not supported here (only {choices})")
+                choices = " or ".join(map(shown, fixed[key]))
+                lines.append(f"{key}: {shown(value)} is not supported here (only {choices})")
         elif key not in known and key not in IGNORED and value not in (None, [], {}, ""):
-            lines.append(f"{key}: {_shown(value)} is a key llmx does not know")
+            lines.append(f"{key}: {shown(value)} is a key llmx does not know")
     return sorted(lines)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """The value as JSON, cut to 60 characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -66,7 +66,7 @@ class Family:
     model_type: str
     settings: Mapping[str, Setting]
     tensors: tuple[TensorRule, ...]
-    # Parts with several spellings; of each part the first spelling that the checkpoint uses counts.
+    # Parts with several spellings; of each part the one that most of the checkpoint's names have is taken.
     alternatives: tuple[tuple[tuple[TensorRule, ...], ...], ...] = ()
     rope: RopeRule | None = field(default_factory=RopeRule)
     window: Callable[[Mapping[str, Any]], list[LayerKind]] = lambda values: ["full"] * values["layers"]
@@ -247,7 +247,7 @@ def _tensors(family: Family, values: Mapping[str, Any], names: frozenset[str]) -
     prefix = next((p for p in family.prefixes if embedding.source.format(prefix=p) in names), family.prefixes[0])
     rules = family.tensors
     for spellings in family.alternatives:
-        rules += next((rules for rules in spellings if _is_there(rules, prefix, values, names)), spellings[0])
+        rules += max(spellings, key=lambda spelling: _hits(spelling, prefix, values, names))  # the first of equals
     facts, dims = _facts(values), _dims(values)
     inside = [rule for rule in rules if "{layer}" in rule.source]
     first = [rule for rule in rules if rule.role in ("embedding", "position_embedding")]
@@ -263,10 +263,10 @@ def _tensors(family: Family, values: Mapping[str, Any], names: frozenset[str]) -
     )
 
 
-def _is_there(rules: tuple[TensorRule, ...], prefix: str, values: Mapping[str, Any], names: frozenset[str]) -> bool:
-    """Whether the checkpoint uses this spelling: any tensor of any layer under its names."""
+def _hits(rules: tuple[TensorRule, ...], prefix: str, values: Mapping[str, Any], names: frozenset[str]) -> int:
+    """How many of the checkpoint's names are of this spelling (experts counted once)."""
     layers = range(values["layers"])
-    return any(rule.source.format(prefix=prefix, layer=n, expert=0) in names for rule in rules for n in layers)
+    return sum(rule.source.format(prefix=prefix, layer=n, expert=0) in names for rule in rules for n in layers)
 
 
 def _dims(values: Mapping[str, Any]) -> dict[str, int]:

@@ -7,12 +7,12 @@ newer: rope_parameters {rope_type, rope_theta, partial_rotary_factor, …}, for 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from llmx.models.architecture import Rope, RopeKind
-from llmx.models.config import is_number
+from llmx.models.config import is_number, shown
 
 # kind -> (needed, optional) keys beside the common ones; the defaults are transformers' own
 KEYS: dict[RopeKind, tuple[frozenset[str], frozenset[str]]] = {
@@ -28,8 +28,26 @@ KEYS: dict[RopeKind, tuple[frozenset[str], frozenset[str]]] = {
 }
 COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 IGNORED = {"finetuned": "it tells that the model was trained with the scaling; the scaling is the same"}
-ABOVE_ONE = {"rope_theta", "original_max_position_embeddings"}
-LISTS = {"short_factor", "long_factor"}
+
+
+def _above(limit: float) -> Callable[[Any], bool]:
+    return lambda value: is_number(value) and value > limit
+
+
+def _positives(value: Any) -> bool:
+    return isinstance(value, list) and all(is_number(item) and item > 0 for item in value)
+
+
+# What a value must be; every other key takes a number above 0. Logarithms of the first two divide.
+VALID: dict[str, Callable[[Any], bool]] = {
+    "rope_theta": _above(1),
+    "original_max_position_embeddings": _above(1),
+    "mscale": lambda value: is_number(value) and value >= 0,
+    "mscale_all_dim": lambda value: is_number(value) and value >= 0,
+    "short_factor": _positives,
+    "long_factor": _positives,
+    "truncate": lambda value: isinstance(value, bool),
+}
 CONFIG_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 
 
@@ -58,7 +76,7 @@ def read_ropes(
             return None, None
     if rule.local_theta is None:
         raw = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-        _fill(raw, "rope_theta", config.get("rope_theta", rule.theta))
+        _fill(raw, "rope_theta", config.get("rope_theta"), rule.theta)
         _fill(raw, "partial_rotary_factor", config.get("partial_rotary_factor"))
         return _rope(raw, rule, settings, "rope_parameters", problems), None
     return _read_by_layer_kind(config, rule, settings, problems)
@@ -76,17 +94,17 @@ def _read_by_layer_kind(
         return None, None
     full = {**parts["full_attention"], **(config.get("rope_scaling") or {})}
     local = dict(parts["sliding_attention"])
-    _fill(full, "rope_theta", config.get("rope_theta", rule.theta))
-    _fill(local, "rope_theta", config.get("rope_local_base_freq", rule.local_theta))
+    _fill(full, "rope_theta", config.get("rope_theta"), rule.theta)
+    _fill(local, "rope_theta", config.get("rope_local_base_freq"), rule.local_theta)
     return (
         _rope(full, rule, settings, "rope_parameters.full_attention", problems),
         _rope(local, rule, settings, "rope_parameters.sliding_attention", problems),
     )
 
 
-def _fill(raw: dict[str, Any], key: str, value: Any) -> None:
-    if raw.get(key) is None and value is not None:
-        raw[key] = value
+def _fill(raw: dict[str, Any], key: str, *values: Any) -> None:
+    """Where the record has none, take the first of `values` that is not null."""
+    raw[key] = next((value for value in (raw.get(key), *values) if value is not None), None)
 
 
 def _rope(
@@ -119,39 +137,24 @@ def _key_problems(raw: Mapping[str, Any], kind: RopeKind, where: str) -> list[st
     unknown = given - needed - optional - COMMON - set(IGNORED)
     problems += [f"{where}.{key}: a key llmx does not know for rope type {kind}" for key in sorted(unknown)]
     for key in sorted((given & (needed | optional | COMMON)) - {"type", "rope_type"}):
-        value = raw[key]
-        if key in LISTS:
-            valid = isinstance(value, list) and all(is_number(item) and item > 0 for item in value)
-        elif key == "truncate":
-            valid = isinstance(value, bool)
-        else:
-            valid = is_number(value) and value > 0
-        if key in ABOVE_ONE and is_number(value):  # their logarithm divides
-            valid = value > 1
-        if not valid:
-            problems.append(f"{where}.{key}: {value!r} is no valid value")
+        if not VALID.get(key, _above(0))(raw[key]):
+            problems.append(f"{where}.{key}: {shown(raw[key])} is no valid value")
     return problems
 
 
 def _filled(raw: Mapping[str, Any], kind: RopeKind, dim: int, settings: Mapping[str, Any]) -> Rope:
     """The record with transformers' defaults: the original context, and the factor as the ratio of the contexts."""
     context = settings["context_length"]
-    original = {
-        "dynamic": context,
-        **dict.fromkeys(
-            ("llama3", "yarn", "longrope"),
-            settings.get("original_context") or raw.get("original_max_position_embeddings") or context,
-        ),
-    }.get(kind)
-    given = raw.get("factor")
-    factor = 1.0 if original is None else context / original
-    if kind == "default":
-        given, factor = None, 1.0
+    stated = settings.get("original_context") or raw.get("original_max_position_embeddings") or context
+    original = {"dynamic": context, "llama3": stated, "yarn": stated, "longrope": stated}.get(kind)
+    factor = raw.get("factor")  # a plain rope has none, see KEYS
+    if factor is None:
+        factor = 1.0 if original is None else context / original
     rope = Rope(
         dim=dim,
         theta=float(raw["rope_theta"]),
         kind=kind,
-        factor=float(factor if given is None else given),
+        factor=float(factor),
         original_context=None if original is None else int(original),
         **{key: _number(raw.get(key)) for key in ("low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim")},
         beta_fast=float(raw.get("beta_fast") or 32) if kind == "yarn" else None,

@@ -1,0 +1,206 @@
+"""The safetensors reader and writer: equal to the reference library, and firm against broken and hostile files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmx.errors import IntegrityError, LlmxError, UsageError
+from llmx.formats.json_text import parse_object, read_object
+from llmx.formats.safetensors import open_safetensors, shorten, write_safetensors
+
+PAIR = {
+    "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+    "b": {"dtype": "BF16", "shape": [3], "data_offsets": [16, 22]},
+}
+
+
+def _file(path: Path, header: Any, data: bytes = bytes(22)) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def _with(name: str, **changes: Any) -> dict[str, Any]:
+    return {**PAIR, name: {**PAIR[name], **changes}}
+
+
+def test_files_of_the_reference_library_are_read(tmp_path: Path) -> None:
+    numpy_io = pytest.importorskip("safetensors.numpy")
+    arrays = {
+        "matrix": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "half": np.ones((2, 3), dtype=np.float16),
+        "empty": np.zeros((0, 5), dtype=np.float32),
+        "number": np.array(7, dtype=np.int64),
+    }
+    numpy_io.save_file(arrays, tmp_path / "x.safetensors", metadata={"format": "np"})
+    file = open_safetensors(tmp_path / "x.safetensors")
+    assert file.metadata == {"format": "np"}
+    assert set(file.tensors) == set(arrays)
+    for name, array in arrays.items():
+        assert file.tensors[name].shape == array.shape
+        assert file.bytes(name).tobytes() == array.tobytes()
+
+
+def test_files_we_write_are_read_by_the_reference_library(tmp_path: Path) -> None:
+    numpy_io = pytest.importorskip("safetensors.numpy")
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    chunks = [array[:1].tobytes(), array[1:].tobytes()]
+    write_safetensors(tmp_path / "x.safetensors", [("ä", "F32", (2, 3), chunks)], metadata={"format": "pt"})
+    assert np.array_equal(numpy_io.load_file(tmp_path / "x.safetensors")["ä"], array)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6),
+    dtype=st.sampled_from(["F32", "BF16", "I8", "F64"]),
+)
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, shapes: Any, dtype: str) -> None:
+    path = tmp_path_factory.mktemp("round") / "x.safetensors"
+    size = {"F32": 4, "BF16": 2, "I8": 1, "F64": 8}[dtype]
+    tensors = {
+        f"t{i}": (shape, np.random.default_rng(i).bytes(int(np.prod(shape)) * size)) for i, shape in enumerate(shapes)
+    }
+    write_safetensors(path, [(name, dtype, shape, [data]) for name, (shape, data) in tensors.items()])
+    file = open_safetensors(path)
+    for name, (shape, data) in tensors.items():
+        assert file.tensors[name].shape == tuple(shape)
+        assert file.bytes(name).tobytes() == data
+
+
+def test_a_range_of_bytes_is_a_view_and_survives_release(tmp_path: Path) -> None:
+    file = open_safetensors(_file(tmp_path / "x.safetensors", PAIR, bytes(range(22))))
+    view = file.bytes("b", 2, 4)
+    assert view.tolist() == [18, 19] and not view.flags.writeable
+    file.release("b", 2, 4)
+    file.release("a")
+    assert file.bytes("b", 2, 4).tolist() == [18, 19]
+
+
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "a range past the end": (_with("b", shape=[4], data_offsets=[16, 24]), "past the end of the file"),
+    "ranges that overlap": (_with("b", data_offsets=[14, 20]), "inside the tensor before it"),
+    "a gap between tensors": (_with("a", shape=[3], data_offsets=[0, 12]), "belong to no tensor"),
+    "bytes after the last tensor": ({"a": PAIR["a"]}, "the last 6 bytes"),
+    "a shape that does not fill its range": (_with("a", shape=[2, 3]), "takes 24 bytes, not 16"),
+    "a range that ends before it begins": (_with("a", data_offsets=[16, 0]), "is no range"),
+    "three offsets": (_with("a", data_offsets=[0, 8, 16]), "is no range"),
+    "a negative dimension": (_with("a", shape=[-2, -2]), "whole numbers"),
+    "a dimension that is a flag": (_with("a", shape=[True, 4]), "whole numbers"),
+    "a dimension beyond 63 bits": (_with("a", shape=[1 << 63, 0]), "whole numbers"),
+    "a fractional offset": (_with("a", data_offsets=[0, 16.0]), "whole numbers"),
+    "a shape whose product overflows": (_with("a", shape=[1 << 62, 1 << 62]), "takes"),
+    "seventeen dimensions": (_with("a", shape=[1] * 17), "the limit is 16"),
+    "an unknown dtype": (_with("a", dtype="F31"), "unknown dtype 'F31'"),
+    "a dtype that is no text": (_with("a", dtype=["F32"]), "unknown dtype"),
+    "an entry with more keys": (_with("a", extra=1), "exactly dtype, shape and data_offsets"),
+    "an entry that is no object": ({**PAIR, "a": 1}, "exactly dtype, shape and data_offsets"),
+    "metadata that is no map of texts": ({**PAIR, "__metadata__": {"x": 1}}, "map of texts"),
+    "a header that is a list": ([1, 2], "object was expected"),
+    "a header that is no JSON": (b'{"a": ', "not valid JSON"),
+    "a header that is no UTF-8": (b'{"\xff": 1}', "not valid JSON"),
+    "a key that comes twice": (b'{"a": 1, "a": 2}', "given twice"),
+    "a constant that JSON lacks": (b'{"a": NaN}', "NaN"),
+    "a number of many digits": (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    "brackets nested too deep": (b'{"a": ' + b"[" * 100_000 + b"}", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_header_is_refused(name: str, tmp_path: Path) -> None:
+    header, message = HOSTILE[name]
+    with pytest.raises(IntegrityError, match=message):
+        open_safetensors(_file(tmp_path / "x.safetensors", header))
+
+
+def test_every_problem_of_a_header_is_listed_at_once(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "X", "shape": [1], "data_offsets": [0, 1]}, "b": 5}
+    with pytest.raises(IntegrityError) as caught:
+        open_safetensors(_file(tmp_path / "x.safetensors", header))
+    assert len(caught.value.problems) == 2
+    assert caught.value.where == str(tmp_path / "x.safetensors")
+
+
+def test_a_long_list_of_problems_is_cut() -> None:
+    assert shorten([str(n) for n in range(250)])[-2:] == ["99", "and 150 more"]
+    assert shorten(["one"]) == ["one"]
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_a_file_shorter_than_its_prefix_is_refused(size: int, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(bytes(size))
+    with pytest.raises(IntegrityError, match="at least 8 bytes"):
+        open_safetensors(tmp_path / "x.safetensors")
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = _file(tmp_path / "whole.safetensors", PAIR).read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / "cut.safetensors").write_bytes(whole[:length])
+        with pytest.raises(IntegrityError):
+            open_safetensors(tmp_path / "cut.safetensors")
+
+
+def test_a_header_above_the_limit_is_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes((100_000_001).to_bytes(8, "little") + b"{}")
+    with pytest.raises(IntegrityError, match="limit is 100000000"):
+        open_safetensors(tmp_path / "x.safetensors")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(place=st.integers(0, 200), value=st.integers(0, 255))
+def test_a_changed_byte_is_refused_or_read_within_bounds(
+    tmp_path_factory: pytest.TempPathFactory, place: int, value: int
+) -> None:
+    folder = tmp_path_factory.mktemp("flip", numbered=True)
+    data = bytearray(_file(folder / "x.safetensors", PAIR).read_bytes())
+    data[place % len(data)] = value
+    (folder / "x.safetensors").write_bytes(data)
+    try:
+        file = open_safetensors(folder / "x.safetensors")
+    except LlmxError:
+        return
+    for name, tensor in file.tensors.items():
+        assert file.bytes(name).size == tensor.nbytes
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        open_safetensors(tmp_path / "absent.safetensors")
+
+
+WRONG_WRITES: dict[str, list[tuple[str, str, tuple[int, ...], list[bytes]]]] = {
+    "too few bytes": [("a", "F32", (2,), [bytes(4)])],
+    "too many bytes": [("a", "F32", (1,), [bytes(4), bytes(4)])],
+    "an unknown dtype": [("a", "F31", (1,), [bytes(4)])],
+    "a name given twice": [("a", "F32", (1,), [bytes(4)]), ("a", "F32", (1,), [bytes(4)])],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_WRITES)
+def test_a_wrong_write_leaves_no_file(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'a'"):
+        write_safetensors(tmp_path / "x.safetensors", WRONG_WRITES[name])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_json_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}')
+    assert read_object(path) == {"a": 1}
+    with pytest.raises(IntegrityError, match="limit is 4"):
+        read_object(path, limit=4)
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        read_object(tmp_path / "absent.json")
+
+
+def test_a_json_text_names_its_place_in_errors() -> None:
+    with pytest.raises(IntegrityError, match="where: somewhere"):
+        parse_object("[", "somewhere")
