@@ -29,6 +29,12 @@ LAYER_KINDS: dict[str, LayerKind] = {
 }
 LARGEST_COUNT = 1_000_000  # layers times experts; a config that asks for more is a mistake or an attack
 
+# Settings that the architecture takes as they are.
+COPIED = (
+    *("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "context_length", "tied"),
+    *("attention_scale", "experts", "experts_used", "expert_intermediate", "normalize_router", "sparse_layers"),
+)
+
 # Endings of classes that are a causal language model (or its body alone, as GPT-2's first checkpoints are).
 CLASS_ENDINGS = ("ForCausalLM", "LMHeadModel", "Model")
 
@@ -144,31 +150,17 @@ def fill_in(family: Family, config: Mapping[str, Any], names: frozenset[str]) ->
     sliding = "sliding" in kinds
     return Architecture(
         family=family.model_type,
-        layers=values["layers"],
-        hidden=values["hidden"],
-        heads=values["heads"],
-        kv_heads=values["kv_heads"],
-        head_dim=values["head_dim"],
-        intermediate=values["intermediate"],
-        vocab=values["vocab"],
-        context_length=values["context_length"],
+        **{name: values[name] for name in COPIED},
         norm=family.norm,
         norm_eps=float(values["norm_eps"]),
         norm_offset=family.norm_offset,
         activation=ACTIVATIONS[values["activation"]],
         gated=family.gated,
-        tied=values["tied"],
         rope=rope,
         local_rope=local_rope if sliding else None,
         sliding_window=values["sliding_window"] if sliding else None,
         layer_kinds=tuple(kinds),
         embedding_scale=values["hidden"] ** 0.5 if family.scaled_embedding else 1.0,
-        attention_scale=values["attention_scale"],
-        experts=values["experts"],
-        experts_used=values["experts_used"],
-        expert_intermediate=values["expert_intermediate"],
-        normalize_router=values["normalize_router"],
-        sparse_layers=values["sparse"],
         tensors=_tensors(family, values, names),
     )
 
@@ -198,7 +190,7 @@ def _derive(values: dict[str, Any], problems: list[str]) -> None:
     values.setdefault("expert_intermediate", values["intermediate"] if experts else 0)
     values.setdefault("normalize_router", experts > 0)
     dense, step = values.get("dense_layers") or (), values.get("sparse_step", 1)
-    values["sparse"] = tuple(
+    values["sparse_layers"] = tuple(
         experts > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(values["layers"])
     )
     for name in ("sliding_window", "layer_types"):
@@ -285,7 +277,7 @@ def _dims(values: Mapping[str, Any]) -> dict[str, int]:
 
 def _facts(values: Mapping[str, Any]) -> dict[str, bool | tuple[bool, ...]]:
     """What a rule's `when` and `bias` may name; a tuple has one truth a layer."""
-    sparse = values["sparse"]
+    sparse = values["sparse_layers"]
     return {
         "always": True,
         "never": False,

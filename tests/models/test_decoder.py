@@ -254,6 +254,17 @@ def test_decoding_through_the_cache_equals_one_pass(name: str, tmp_path: Path) -
     assert np.abs(np.concatenate(pieces) - decoder.logits(model, tokens)).max() < MAX_DIFFERENCE
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_saved_as_one_tensor_give_the_same_logits(name: str, tmp_path: Path) -> None:
+    reference = _save(CASES[name], tmp_path)
+    tokens = _tokens(40)
+    apart = decoder.logits(open_model(tmp_path), tokens)
+    reference.save_pretrained(tmp_path, save_original_format=False)
+    model = open_model(tmp_path)
+    assert model.weight("layers.0.expert_up.weight").spec.source.names == ("model.layers.0.mlp.experts.gate_up_proj",)
+    assert np.array_equal(decoder.logits(model, tokens), apart)
+
+
 def test_layers_can_be_streamed_one_by_one_and_in_batches(tmp_path: Path) -> None:
     _save(CASES["qwen3"], tmp_path)
     model, ops = open_model(tmp_path), TorchOps()
