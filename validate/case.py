@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import psutil
+
 from llmx.exporters.gguf_families import gguf_family
 from llmx.exporters.gguf_tensors import Entry, entries
 from llmx.formats.gguf import GgufFile
 from llmx.models.model import Model
 from llmx.validate.oracle import Tokens
 from llmx.validate.runtimes import Runtime
+
+SHORTEST_CHUNK = 8  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,20 @@ class Case:
 
     @property
     def chunk(self) -> int:
-        """Tokens of a chunk: never more than the model's context."""
-        return min(self.settings.chunk, self.model.architecture.context_length)
+        """Tokens of a chunk: never more than the model's context, or than a short text has."""
+        have = len(self.leading) + len(self.ids)
+        return max(SHORTEST_CHUNK, min(self.settings.chunk, self.model.architecture.context_length, have))
+
+    @property
+    def too_short(self) -> str:
+        return f"the text has {len(self.ids)} tokens; a chunk has at least {SHORTEST_CHUNK}"
+
+    def no_memory_for(self, weight_bytes: int) -> str | None:
+        """Why a float32 reference of that size cannot be loaded, or None."""
+        available = psutil.virtual_memory().available
+        if weight_bytes <= available:
+            return None
+        return f"the float32 reference takes {weight_bytes} bytes of memory; {available} are available"
 
     @property
     def leading(self) -> list[int]:

@@ -1,12 +1,13 @@
 """The structure of a conversion: the artifact's float32 twin on the runtime against transformers float32.
 
 What must agree here is arithmetic on the same numbers, so the limits are those of float32 rounding, five orders of
-magnitude below any quantization loss. Causes a failure: rope scaling dropped or wrong, a wrong epsilon, window, head
-count, activation, multiplier, a tensor under a wrong name, a BOS that the runtime does not see.
+magnitude below any quantization loss. Causes of a failure: rope scaling dropped or wrong, a wrong epsilon, window, head
+count, activation or multiplier, two tensors exchanged, rows that the exporter forgot to permute.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,26 +18,34 @@ from llmx.errors import IntegrityError
 from llmx.exporters.gguf_tensors import restore
 from llmx.validate import twin
 from llmx.validate.case import Case, chunks
-from llmx.validate.metrics import Comparison
+from llmx.validate.metrics import Comparison, Divergence
 from llmx.validate.oracle import Reference
 from llmx.validate.report import Check, at_most, not_run
 
-MAX_LOGIT_DIFFERENCE = 1e-3
-LOGIT_ORIGIN = "measured maximum 5e-5 on float32 conversions, times 20"
-FLOORS = {
-    # activation -> (KL limit, origin)
-    "silu": (1e-6, "float32 rounding: measured floor 9e-12 on llama.cpp"),
-    "gelu": (1e-5, "ggml computes GELU through a float16 table, which raises the floor"),
-    "gelu_tanh": (1e-5, "ggml computes GELU through a float16 table, which raises the floor"),
-}
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """How near float32 arithmetic comes on a runtime: the largest mean KL (nats) and logit difference, and why."""
+
+    kl: float
+    logits: float
+    origin: str
+
+
+EXACT = Floor(1e-6, 1e-3, "float32 rounding; measured on llama.cpp: KL 2e-12 to 4e-12, logits 3e-5 to 8e-5")
+GELU_TABLE = Floor(1e-5, 2e-2, "ggml looks GELU up in a float16 table; measured: KL 1e-8 to 6e-8, logits 3e-3")
+FLOORS = {"silu": EXACT, "gelu": GELU_TABLE, "gelu_tanh": GELU_TABLE}
 NAMES = ("conversion.kl", "conversion.logits", "conversion.decode")
+PAST_WINDOW = 64  # positions judged past a sliding window
 
 
 @dataclass(frozen=True, slots=True)
-class _Twins:
+class Twins:
+    """The two folders' worth of the same float32 weights. layers: None is the whole model."""
+
     artifact: Path
     reference: Path
-    layers: int | None  # None: the whole model
+    layers: int | None
 
     @property
     def note(self) -> str:
@@ -44,15 +53,15 @@ class _Twins:
 
 
 def check_conversion(case: Case) -> Iterator[Check]:
-    """Yields conversion.kl, .logits, .decode and, for a model with a sliding window, .window."""
+    """Yields conversion.kl, .logits, .decode; .gelu_table where the runtime has one; .window for a sliding window."""
     plan = _plan(case)
     if isinstance(plan, str):
         yield from (not_run(name, plan) for name in NAMES)
         return
     try:
-        twins = _make(case, plan)
+        twins = make_twins(case, plan.layers)
     except IntegrityError as error:  # tensors are missing or misshapen; the check of the bytes names them
-        yield from (not_run(name, str(error)) for name in NAMES)
+        yield from (not_run(name, error.what) for name in NAMES)
         return
     try:
         with closing(Reference(twins.reference, case.settings.threads)) as reference:
@@ -61,74 +70,99 @@ def check_conversion(case: Case) -> Iterator[Check]:
         shutil.rmtree(case.scratch / "twin", ignore_errors=True)
 
 
-def _plan(case: Case) -> int | str | None:
-    """Returns how many layers the twin has (None: all), or why there can be none."""
-    budget = case.settings.twin_bytes
-    wanted = [None, *range(case.model.architecture.layers - 1, 0, -1)]
-    fitting = next((n for n in wanted if twin.twin_bytes(case.file, n) <= budget), "none")
-    if fitting == "none":
-        size = twin.twin_bytes(case.file, 1)
-        return f"even one layer of the float32 twin takes {size} bytes; its budget is {budget}"
+@dataclass(frozen=True, slots=True)
+class _Size:
+    layers: int | None
+
+
+def _plan(case: Case) -> _Size | str:
+    """Returns how much of the model the twin holds, or why there can be none."""
+    budget, layers = case.settings.twin_bytes, case.model.architecture.layers
+    sizes = {count: twin.twin_bytes(case.file, count) for count in (None, *range(layers - 1, 0, -1))}
+    fitting = next((count for count, size in sizes.items() if size <= budget), layers)
+    if fitting == layers:
+        return f"even one layer of the float32 twin takes {min(sizes.values())} bytes; its budget is {budget}"
     free = shutil.disk_usage(case.scratch).free
-    if 2 * twin.twin_bytes(case.file, fitting) > free:  # pyright: ignore[reportArgumentType]
-        return f"the float32 twins need {2 * twin.twin_bytes(case.file)} bytes of disk in {case.scratch}; {free} free"
-    return fitting  # pyright: ignore[reportReturnType]
+    if 2 * sizes[fitting] > free:
+        return f"the float32 twins need {2 * sizes[fitting]} bytes of disk for a while; {free} are free"
+    if (reason := case.no_memory_for(sizes[fitting])) is not None:
+        return reason
+    return _Size(fitting)
 
 
-def _make(case: Case, layers: int | None) -> _Twins:
+def make_twins(case: Case, layers: int | None) -> Twins:
+    """Writes both twins into the case's scratch folder. An F32 artifact is its own; its reference is the checkpoint.
+
+    Raises: IntegrityError when the artifact does not hold the checkpoint's tensors.
+    """
+    if layers is None and twin.is_its_own_twin(case.file):
+        return Twins(case.artifact, case.model.checkpoint.folder, None)
+    restored = restore(case.file, case.model, case.entries)
     folder = case.scratch / "twin"
     folder.mkdir()
-    if layers is None and twin.is_its_own_twin(case.file):
-        return _Twins(case.artifact, case.model.checkpoint.folder, None)
     twin.write_gguf_twin(case.file, folder / "twin.gguf", layers)
-    twin.write_checkpoint_twin(restore(case.file, case.model, case.entries), case.model, folder / "checkpoint", layers)
-    return _Twins(folder / "twin.gguf", folder / "checkpoint", layers)
+    twin.write_checkpoint_twin(restored, case.model, folder / "checkpoint", layers)
+    return Twins(folder / "twin.gguf", folder / "checkpoint", layers)
 
 
-def _judge(case: Case, twins: _Twins, reference: Reference) -> Iterator[Check]:
-    settings, length = case.settings, case.chunk
-    count = -(-settings.positions // length)
-    sequences = list(chunks(case.ids, case.leading, length, count))
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Runs sequences on both twins."""
+
+    case: Case
+    twins: Twins
+    reference: Reference
+
+    def run(
+        self, sequences: list[list[int]], judged: range, *, cached: bool = False, table: bool = False
+    ) -> Divergence:
+        """Compares the judged positions. cached: they are fed one at a time; table: see Reference.gelu_table."""
+        found, context = Comparison(), len(sequences[0])
+        with (
+            self.case.runtime.open(
+                self.twins.artifact, threads=self.case.settings.threads, context=context, exact=True
+            ) as session,
+            self.reference.gelu_table() if table else contextlib.nullcontext(),
+        ):
+            for tokens in sequences:
+                artifact = session.logits(tokens, judged.start if cached else None)
+                found.add_streams(tokens, self.reference.logits(tokens), artifact, judged)
+        return found.summary()
+
+
+def _judge(case: Case, twins: Twins, reference: Reference) -> Iterator[Check]:
+    sequences = list(chunks(case.ids, case.leading, case.chunk, -(-case.settings.positions // case.chunk)))
     if not sequences:
-        yield from (not_run(name, f"the text has fewer tokens than one chunk of {length}") for name in NAMES)
+        yield from (not_run(name, case.too_short) for name in NAMES)
         return
-    kl_limit, kl_origin = FLOORS[case.model.architecture.activation]
-    with case.runtime.open(twins.artifact, threads=settings.threads, context=length, exact=True) as session:
-        whole, decode = Comparison(), Comparison()
-        for tokens in sequences:
-            whole.add_streams(tokens, reference.logits(tokens), session.logits(tokens), range(length))
-        tokens, cached = sequences[0], range(length // 2, length)
-        decode.add_streams(tokens, reference.logits(tokens), session.logits(tokens, cached.start), cached)
-    found = whole.summary()
+    trial, whole = _Trial(case, twins, reference), range(len(sequences[0]))
+    floor = FLOORS[case.model.architecture.activation]
+    found = trial.run(sequences, whole)
     detail = f"{found.positions} positions, KL(transformers f32 ‖ runtime, f32 KV, exact kernels){twins.note}"
-    yield at_most("conversion.kl", found.kl_mean, kl_limit, "nats", kl_origin, detail=detail)
-    yield at_most(
-        "conversion.logits", found.max_logit_difference, MAX_LOGIT_DIFFERENCE, "logits", LOGIT_ORIGIN, detail=detail
-    )
-    found = decode.summary()
+    yield at_most("conversion.kl", found.kl_mean, floor.kl, "nats", floor.origin, detail=detail)
+    yield at_most("conversion.logits", found.max_logit_difference, floor.logits, "logits", floor.origin, detail=detail)
+    if floor is GELU_TABLE:
+        found = trial.run(sequences[:1], whole, table=True)
+        detail = f"{found.positions} positions against transformers with the same table, which is the whole cause"
+        yield at_most("conversion.gelu_table", found.kl_mean, EXACT.kl, "nats", EXACT.origin, detail=detail)
+    found = trial.run(sequences[:1], whole[len(whole) // 2 :], cached=True)
     detail = f"{found.positions} positions fed one at a time through the KV cache{twins.note}"
-    yield at_most("conversion.decode", found.kl_mean, kl_limit, "nats", kl_origin, detail=detail)
-    yield from _window(case, twins, reference)
+    yield at_most("conversion.decode", found.kl_mean, floor.kl, "nats", floor.origin, detail=detail)
+    yield from _window(trial, floor)
 
 
-def _window(case: Case, twins: _Twins, reference: Reference) -> Iterator[Check]:
+def _window(trial: _Trial, floor: Floor) -> Iterator[Check]:
     """Past the sliding window, where a wrong window shows."""
-    a = case.model.architecture
-    if a.sliding_window is None or a.sliding_window >= a.context_length or "sliding" not in a.layer_kinds:
+    case, a = trial.case, trial.case.model.architecture
+    window = a.sliding_window
+    if window is None or window >= a.context_length or "sliding" not in a.layer_kinds:
         return
-    length = min(a.sliding_window + 64, a.context_length)
+    length = min(window + PAST_WINDOW, a.context_length)
     sequence = next(chunks(case.ids, case.leading, length, 1), None)
     if length > case.settings.window_tokens or sequence is None:
-        reason = "the text is too short" if sequence is None else f"at most {case.settings.window_tokens} are run"
-        yield Check("conversion.window", None, detail=f"needs {length} tokens; {reason}", required=False)
+        reason = "the text has fewer" if sequence is None else f"at most {case.settings.window_tokens} are run"
+        yield Check("conversion.window", None, detail=f"not run: it takes {length} tokens; {reason}", required=False)
         return
-    past = Comparison()
-    settings = case.settings
-    with case.runtime.open(twins.artifact, threads=settings.threads, context=length, exact=True) as session:
-        past.add_streams(
-            sequence, reference.logits(sequence), session.logits(sequence), range(a.sliding_window, length)
-        )
-    found = past.summary()
-    limit, origin = FLOORS[a.activation]
-    detail = f"{found.positions} positions past the sliding window of {a.sliding_window}{twins.note}"
-    yield at_most("conversion.window", found.kl_mean, limit, "nats", origin, detail=detail)
+    found = trial.run([sequence], range(window, length))
+    detail = f"{found.positions} positions past the sliding window of {window}{trial.twins.note}"
+    yield at_most("conversion.window", found.kl_mean, floor.kl, "nats", floor.origin, detail=detail)

@@ -2,51 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from math import prod
 
-import numpy as np
-import psutil
-
+from llmx.formats.gguf import GgufTensor
 from llmx.validate.case import Case, chunks
 from llmx.validate.metrics import Comparison, Divergence
 from llmx.validate.oracle import Reference
 from llmx.validate.report import Check, at_least, at_most, not_run, reported
 
-KL_LIMITS = (
-    # at least so many bits per weight, highest first -> mean KL allowed
-    (15.0, 1e-3),
-    (7.5, 0.01),
-    (6.0, 0.02),
-    (5.0, 0.05),
-    (4.0, 0.15),
-    (3.0, 0.5),
-    (0.0, 1.5),
-)
-KL_ORIGIN = "table by bits per weight, from the test checkpoints' own figures"
+KL_LIMITS: Mapping[str, float] = {
+    # type -> mean KL, nats, that a sound model may lose with all its matrices in that type
+    "F32": 1e-4,
+    "F16": 5e-4,
+    "BF16": 2e-3,
+    "Q8_0": 0.01,
+    "Q6_K": 0.02,
+    "Q5_K": 0.05,
+    "Q5_0": 0.07,
+    "Q5_1": 0.07,
+    "Q4_K": 0.15,
+    "Q4_0": 0.2,
+    "Q4_1": 0.2,
+    "IQ4_NL": 0.2,
+    "IQ4_XS": 0.2,
+    "Q3_K": 0.5,
+    "Q2_K": 1.5,
+}
+COARSEST = 1.5  # for a type that is not in the table
+KL_ORIGIN = "each type's limit, weighted by the weights in it"
 ASKED = "asked for"
 NAMES = ("quality.kl", "quality.decode")
 SPEED_PREFILL, SPEED_DECODE = 256, 32
 
 
-def default_kl_limit(bits_per_weight: float) -> float:
-    """Returns the largest mean KL, nats, that a sound file of that size may have."""
-    return next(limit for bits, limit in KL_LIMITS if bits_per_weight >= bits)
+def default_kl_limit(tensors: Iterable[GgufTensor]) -> float:
+    """Returns the largest mean KL, nats, that a sound file of these tensors may have.
+
+    The KL of small independent errors adds up, so each type counts by its share of the matrices' weights.
+    """
+    sizes = [(prod(tensor.shape), tensor.type_name) for tensor in tensors if len(tensor.shape) > 1]
+    return sum(size * KL_LIMITS.get(name, COARSEST) for size, name in sizes) / sum(size for size, _ in sizes)
 
 
 def check_quality(case: Case) -> Iterator[Check]:
     """Yields quality.kl and what goes with it, over the second half of each chunk (as llama.cpp's perplexity does)."""
-    parameters = sum(int(np.prod(spec.shape)) for spec in case.model.architecture.tensors)
-    available = psutil.virtual_memory().available
-    if 4 * parameters > available:
-        reason = f"the float32 reference takes {4 * parameters} bytes of memory; {available} are available"
+    weights = 4 * sum(prod(spec.shape) for spec in case.model.architecture.tensors)
+    if (reason := case.no_memory_for(weights)) is not None:
         yield from (not_run(name, reason) for name in NAMES)
         return
     length = case.chunk
     judged = length - 1 - length // 2
     sequences = list(chunks(case.ids, case.leading, length, -(-case.settings.positions // judged)))
     if not sequences:
-        yield from (not_run(name, f"the text has fewer tokens than one chunk of {length}") for name in NAMES)
+        yield from (not_run(name, case.too_short) for name in NAMES)
         return
     prefill, decode = Comparison(), Comparison()
     with (
@@ -62,9 +72,9 @@ def check_quality(case: Case) -> Iterator[Check]:
 
 
 def _figures(case: Case, found: Divergence, cached: Divergence) -> Iterator[Check]:
-    limits, bits = case.limits, case.bits_per_weight
-    kl_limit = default_kl_limit(bits) if limits.max_kl is None else limits.max_kl
-    origin = f"{KL_ORIGIN} ({bits:.2f} bits)" if limits.max_kl is None else ASKED
+    limits = case.limits
+    kl_limit = default_kl_limit(case.file.tensors.values()) if limits.max_kl is None else limits.max_kl
+    origin = KL_ORIGIN if limits.max_kl is None else ASKED
     short = "" if found.positions >= case.settings.positions else "; the text is too short for more"
     where = f"{found.positions} positions, second halves of chunks of {case.chunk}{short}"
     detail = f"mean KL(transformers f32 ‖ artifact), {where}"

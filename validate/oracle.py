@@ -12,6 +12,7 @@ import numpy as np
 
 from llmx.errors import IntegrityError, UnsupportedError
 
+GELU_CLASSES = ("GELUActivation", "NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation")
 HEAD_BYTES = 64 << 20  # the head runs on so many positions at a time that their logits stay under this
 
 
@@ -116,6 +117,31 @@ class Reference:
             with torch.inference_mode(), _torch_threads(self._threads):
                 block = self._head(hidden[start : start + rows]).numpy()
             yield block
+
+    @contextlib.contextmanager
+    def gelu_table(self) -> Iterator[None]:
+        """Within it, every GELU is computed as ggml does: looked up in a table of 16-bit floats.
+
+        Below -10 it is 0, above 10 its argument; between, both argument and result are rounded to 16 bits.
+        """
+        from transformers import activations
+
+        kinds = tuple(getattr(activations, name) for name in GELU_CLASSES if hasattr(activations, name))
+
+        def looked_up(module: Any, arguments: Any, _: Any) -> Any:
+            x = arguments[0]
+            rounded = module.forward(x.half().float()).half().float()
+            return rounded.masked_fill(x <= -10, 0.0).where(x < 10, x)
+
+        found = [module for module in self._model.modules() if isinstance(module, kinds)]
+        if not found:
+            raise UnsupportedError("this reference model has no GELU that llmx knows", where=type(self._model).__name__)
+        hooks = [module.register_forward_hook(looked_up) for module in found]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _head(self, hidden: Any) -> Any:
         logits = self._model.get_output_embeddings()(hidden)

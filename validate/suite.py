@@ -18,10 +18,13 @@ from llmx.validate.checks_quality import check_quality, check_speed
 from llmx.validate.checks_tokens import check_template, check_tokens
 from llmx.validate.oracle import Tokens
 from llmx.validate.report import Check, Report, not_run
-from llmx.validate.runtimes import Runtime, Session, find_runtime
+from llmx.validate.runtimes import Runtime, find_runtime
 from llmx.validate.sample_text import SAMPLE_TEXT
 
 TOKEN_CONTEXT = 64  # tokenizing needs no context to speak of
+LOADS = "runtime.loads"
+REFUSED = "the runtime refuses the artifact"
+TEXT_NAMES = ("tokens.ids", "tokens.bos", "tokens.ends", "tokens.vocabulary", "template.embedded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +35,29 @@ class Stage:
     run: Callable[[Case], Iterator[Check]]
     needs_runtime: bool = True
 
+    @property
+    def kind(self) -> str:
+        return self.names[0].partition(".")[0]
 
-def _with_session(checks: Callable[[Case, Session], Iterator[Check]]) -> Callable[[Case], Iterator[Check]]:
-    def run(case: Case) -> Iterator[Check]:
-        with case.runtime.open(case.artifact, threads=case.settings.threads, context=TOKEN_CONTEXT) as session:
-            yield from checks(case, session)
 
-    return run
+def check_text(case: Case) -> Iterator[Check]:
+    """Yields runtime.loads, then what is about text: tokens and template, all in one session."""
+    origin = "the runtime's own loader"
+    try:
+        session = case.runtime.open(case.artifact, threads=case.settings.threads, context=TOKEN_CONTEXT)
+    except (CheckFailed, IntegrityError) as error:
+        yield Check(LOADS, False, origin=origin, detail=_one_line(error))
+        yield from (not_run(name, REFUSED) for name in TEXT_NAMES)
+        return
+    with session:
+        yield Check(LOADS, True, origin=origin, detail=session.build)
+        yield from check_tokens(case, session)
+        yield from check_template(case, session)
 
 
 STAGES: tuple[Stage, ...] = (
     Stage(("bytes.tensors", "bytes.error"), check_bytes, needs_runtime=False),
-    Stage(("tokens.ids", "tokens.bos", "tokens.ends", "tokens.vocabulary"), _with_session(check_tokens)),
-    Stage(("template.embedded",), _with_session(check_template)),
+    Stage(TEXT_NAMES, check_text),
     Stage(("conversion.kl", "conversion.logits", "conversion.decode"), check_conversion),
     # The noise floor of the runtime (its spread over threads, batches and cache types) has its place here.
     Stage(("quality.kl", "quality.decode"), check_quality),
@@ -88,19 +101,23 @@ def validate(
             scratch=Path(scratch),
         )
         checks = tuple(_run(case, progress))
-        build = _build(case)
+    # Two builds of llama.cpp differ by KL 0.03 on some k-quants, so the exact one is recorded.
+    build = next((check.detail for check in checks if check.name == LOADS and check.passed), None)
     return Report(checks, _facts(case, build, text is None))
 
 
 def _run(case: Case, progress: Callable[[str], None]) -> Iterator[Check]:
-    missing = case.runtime.unavailable()
+    reason = case.runtime.unavailable()
+    missing = None if reason is None else f"{case.runtime.name} is missing: {reason}"
     for stage in STAGES:
-        kind = stage.names[0].partition(".")[0]
-        progress(kind)
+        progress(stage.kind)
         if stage.needs_runtime and missing is not None:
-            yield from (not_run(name, f"{case.runtime.name} is missing: {missing}") for name in stage.names)
+            yield from (not_run(name, missing) for name in stage.names)
             continue
-        yield from _guarded(stage, case)
+        for check in _guarded(stage, case):
+            if check.name == LOADS and not check.passed:
+                missing = REFUSED
+            yield check
 
 
 def _guarded(stage: Stage, case: Case) -> Iterator[Check]:
@@ -111,8 +128,7 @@ def _guarded(stage: Stage, case: Case) -> Iterator[Check]:
             done.add(check.name)
             yield check
     except (CheckFailed, IntegrityError) as error:
-        kind = stage.names[0].partition(".")[0]
-        yield Check(f"{kind}.runs", False, origin="the runtime's own words", detail=_one_line(error))
+        yield Check(f"{stage.kind}.runs", False, origin="the runtime's own words", detail=_one_line(error))
         yield from (not_run(name, "see above") for name in stage.names if name not in done)
     except (ResourceError, RuntimeMissing) as error:
         yield from (not_run(name, _one_line(error)) for name in stage.names if name not in done)
@@ -120,17 +136,6 @@ def _guarded(stage: Stage, case: Case) -> Iterator[Check]:
 
 def _one_line(error: LlmxError) -> str:
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-
-
-def _build(case: Case) -> str | None:
-    """The runtime's exact build: two builds of llama.cpp differ by KL 0.03 on some k-quants."""
-    if case.runtime.unavailable() is not None:
-        return None
-    try:
-        with case.runtime.open(case.artifact, threads=1, context=TOKEN_CONTEXT) as session:
-            return session.build
-    except LlmxError:
-        return None  # it refuses the artifact, which the checks say already
 
 
 def _facts(case: Case, build: str | None, built_in: bool) -> dict[str, object]:
