@@ -28,10 +28,11 @@ from llmx.exporters.gguf_metadata import (
 )
 from llmx.exporters.gguf_tensors import Entry, entries, passes_through, read_rows
 from llmx.exporters.gguf_types import FileType, Situation, TensorTypeOverride, tensor_type
-from llmx.exporters.gguf_vocab import vocabulary, vocabulary_size
+from llmx.exporters.gguf_vocab import limits, model_name, vocabulary, vocabulary_rows
 from llmx.exporters.plan import Plan, PlannedFile, Step
 from llmx.formats.ggml_blocks import row_bytes
-from llmx.formats.gguf import Layout, TensorInfo, Value, array, layout, shard_metadata, shard_name, split
+from llmx.formats.gguf import Layout, TensorInfo, Value, array, layout, shard_metadata, shard_name, split, text
+from llmx.models.architecture import Architecture
 from llmx.models.model import check_finite
 from llmx.progress import track
 from llmx.quant.grid import encode, largest_weight
@@ -67,6 +68,7 @@ class GgufExport:
     model: Model
     options: GgufOptions
     entries: tuple[Entry, ...]
+    importance: dict[str, npt.NDArray[np.float32]]
     metadata: dict[str, Value]
     shards: tuple[tuple[TensorInfo, ...], ...]
 
@@ -79,17 +81,17 @@ def prepare(model: Model, tokenizer: Tokenizer, options: GgufOptions) -> GgufExp
     """
     architecture = model.architecture
     family = gguf_family(architecture)
-    rows = vocabulary_size(tokenizer, architecture.vocab) if family.cut_padding_rows else architecture.vocab
+    rows = vocabulary_rows(tokenizer, architecture.vocab, family.cut_padding_rows)
     layout_entries = entries(architecture, family, rows)
-    steps = tuple(_steps(model, family, layout_entries, options))
-    if options.importance is not None:
-        _check_importance(options.importance, layout_entries)
+    steps = tuple(planned_steps(architecture, family, layout_entries, options))
+    importance = _importance(options.importance, layout_entries)
     name = name_of(model)
     metadata = (
         architecture_metadata(architecture, family, rows)
         | general_metadata(model, name, options.file_type.id)
         | vocabulary(tokenizer, rows)
     )
+    metadata["general.name"] = text(model_name(tokenizer, name.full.replace("-", " ")))
     metadata[DIGESTS_KEY] = array("u64", [0] * len(steps))
     infos = [TensorInfo(step.name, step.type_name, step.shape) for step in steps]
     shards = [infos] if options.split_max_bytes is None else split(infos, options.split_max_bytes)
@@ -101,10 +103,10 @@ def prepare(model: Model, tokenizer: Tokenizer, options: GgufOptions) -> GgufExp
         type_name=options.file_type.name,
         steps=steps,
         files=tuple(PlannedFile(n, placed.size) for n, placed in zip(names, layouts, strict=True)),
-        notes=tuple(runtime_notes(architecture, family)),
+        notes=(*runtime_notes(architecture, family), *limits(tokenizer, rows)),
         peak_memory_bytes=_BASE_MEMORY + _MEMORY_PER_WEIGHT * (2 * options.threads + 1) * _largest_chunk(layout_entries),
     )
-    return GgufExport(plan, model, options, layout_entries, metadata, tuple(map(tuple, shards)))
+    return GgufExport(plan, model, options, layout_entries, importance, metadata, tuple(map(tuple, shards)))
 
 
 def _layouts(metadata: dict[str, Value], shards: Sequence[Sequence[TensorInfo]]) -> list[Layout]:
@@ -113,8 +115,10 @@ def _layouts(metadata: dict[str, Value], shards: Sequence[Sequence[TensorInfo]])
     return [layout(shard_metadata(metadata, shards, i), shard) for i, shard in enumerate(shards)]
 
 
-def _steps(model: Model, family: GgufFamily, planned: Sequence[Entry], options: GgufOptions) -> Iterator[Step]:
-    a = model.architecture
+def planned_steps(
+    a: Architecture, family: GgufFamily, planned: Sequence[Entry], options: GgufOptions
+) -> Iterator[Step]:
+    """Each tensor's type and size, in file order."""
     for entry in planned:
         type_name, wanted = "F32", None
         if entry.quantizable:
@@ -138,26 +142,29 @@ def _steps(model: Model, family: GgufFamily, planned: Sequence[Entry], options: 
         yield Step(entry.name, entry.role, entry.layer, entry.shape, type_name, nbytes, wanted)
 
 
-def _check_importance(importance: ImportanceMatrix, planned: Sequence[Entry]) -> None:
-    """An importance matrix belongs to the model when every entry that names a tensor has its columns."""
-    by_name = {entry.name: entry for entry in planned}
-    known = importance.entries.keys() & by_name.keys()
-    problems = [
-        f"{name}: {importance.entries[name].shape} against rows of {by_name[name].columns}"
-        for name in sorted(known)
-        if importance.entries[name].shape[-1] != by_name[name].columns
-    ]
-    problems += [
-        f"{name}: {importance.entries[name].shape[0]} matrices against {by_name[name].rows // by_name[name].rows_per_expert}"
-        for name in sorted(known)
-        if importance.entries[name].shape[0] != by_name[name].rows // by_name[name].rows_per_expert
-    ]
-    if problems or not known:
+def _importance(matrix: ImportanceMatrix | None, planned: Sequence[Entry]) -> dict[str, npt.NDArray[np.float32]]:
+    """The importance of each tensor that the matrix names: f32[experts, columns].
+
+    Raises: IntegrityError listing every entry of another shape, or when no entry names a tensor of this model.
+    """
+    if matrix is None:
+        return {}
+    found, problems = {}, []
+    for entry in planned:
+        try:
+            rows = matrix.rows(entry.name, entry.rows // entry.rows_per_expert, entry.columns)
+        except IntegrityError as error:
+            problems.append(error.what)
+        else:
+            if rows is not None:
+                found[entry.name] = rows
+    if problems or not found:
         raise IntegrityError(
             "the importance matrix is of another model",
             problems=problems or ["none of its entries names a tensor of this model"],
             fix="make one from this checkpoint",
         )
+    return found
 
 
 def _chunk_rows(entry: Entry) -> int:
@@ -275,7 +282,6 @@ def _encode_rows(export: GgufExport, entry: Entry, type_name: str, start: int, s
     """u8[stop - start, row bytes]: one chunk, as the file holds it."""
     if passes_through(export.model, entry, type_name):
         return np.ascontiguousarray(read_rows(export.model, entry, start, stop, raw=True)).view(np.uint8)
-    importance = None
-    if export.options.importance is not None and entry.name in export.options.importance.entries:
-        importance = export.options.importance.entries[entry.name][start // entry.rows_per_expert]
-    return encode(type_name, read_rows(export.model, entry, start, stop), importance)
+    importance = export.importance.get(entry.name)
+    own = None if importance is None else importance[start // entry.rows_per_expert]
+    return encode(type_name, read_rows(export.model, entry, start, stop), own)

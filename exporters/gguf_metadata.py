@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +67,7 @@ def _parameters(a: Architecture) -> tuple[int, int, int]:
 
 def general_metadata(model: Model, name: Name, file_type_id: int) -> dict[str, Value]:
     """`general.*`: architecture excepted, which the architecture's own metadata carries."""
-    values: dict[str, Value] = {"general.type": text("model"), "general.name": text(name.full.replace("-", " "))}
+    values: dict[str, Value] = {"general.type": text("model"), "general.name": text(name.full)}
     optional = {
         "general.organization": name.organization,
         "general.basename": name.base,
@@ -202,8 +202,9 @@ def rope_tensors(rope: Rope | None) -> dict[str, npt.NDArray[np.float32]]:
     if rope is None:
         return {}
     if rope.kind == "llama3":
-        plain = rope.theta ** (-np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
-        return {"rope_freqs.weight": (plain / inverse_frequencies(rope)).astype(np.float32)}
+        context = rope.original_context or 0
+        plain = inverse_frequencies(replace(rope, kind="default"), context)
+        return {"rope_freqs.weight": plain / inverse_frequencies(rope, context)}
     if rope.kind == "longrope":
         return {
             "rope_factors_long.weight": np.asarray(rope.long_factor, np.float32),

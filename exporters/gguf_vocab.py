@@ -12,6 +12,7 @@ keys: a gpt2 vocabulary without an eos id ends generation at token 11, so ids ar
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from llmx.errors import IntegrityError, UnsupportedError
@@ -173,6 +174,11 @@ def _names(tokenizer: Tokenizer, rows: int) -> list[str]:
             while token in taken:
                 token = f"[{token}]"
         names.append(token)
+    # llama.cpp reads a name up to its first NUL.
+    cut = Counter(name.partition("\0")[0] for name in names if "\0" in name)
+    clashes = [name for name in cut if name and (cut[name] > 1 or name in taken)]
+    if clashes:
+        raise UnsupportedError("tokens with a NUL character differ only after it", problems=[*map(repr, clashes)])
     return names
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FORMATS = ("gguf",)
 METHODS = ("auto", "rtn", "awq", "gptq")
 REPORT_NAME = "report.json"
+RUNTIME_OF_FORMAT = {"gguf": "llama.cpp"}
+LIBRARIES = ("xllamacpp", "llama-cpp-python", "torch", "transformers", "tokenizers", "numba", "numpy", "gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def export(request: ExportRequest) -> ExportResult:
     targets = _targets(request.output, exporter)
     artifact.check_targets(targets, model.checkpoint.files, request.force)
     if request.validate:
-        _require_runtime("llamacpp")
+        _require_runtime()
     artifact.make_folder(targets[0].parent)
     artifact.check_room(targets[0].parent, exporter.plan.nbytes)
     gguf.check_weights(exporter)
@@ -102,7 +104,11 @@ def export(request: ExportRequest) -> ExportResult:
             for path, target in zip(partial, targets, strict=True)
         )
         facts = _export_facts(request, exporter, files, digests, seconds, peak)
-        report = _validated(request, partial[0], targets[0], model, facts) if request.validate else None
+        report = None
+        if request.validate:
+            report = validate(
+                partial[0], model, text=request.text, limits=request.limits, threads=request.threads, facts=facts
+            )
         report_path = _report_path(targets[0])
         content = _unproven(facts) if report is None else report.to_json()
         if report is not None and not report.passed:
@@ -201,12 +207,137 @@ def _write(exporter: GgufExport, partial: list[Path]) -> tuple[str, ...]:
         raise artifact.disk_error(error, partial[0].parent.parent) from error
 
 
-def _require_runtime(name: str) -> None:
-    from llmx.validate.runtimes import RUNTIMES
+def validate(
+    artifact: Path,
+    reference: str | Path | Model,
+    *,
+    revision: str | None = None,
+    text: Path | None = None,
+    limits: Limits | None = None,
+    output: Path | None = None,
+    threads: int = 0,
+    facts: dict[str, object] | None = None,
+) -> Report:
+    """Rerun an artifact on its runtime and judge it against the checkpoint; the report says what passed.
 
-    if (reason := RUNTIMES[name].unavailable()) is not None:
+    output: a folder for report.json. facts: more about the artifact, for the report.
+    Raises: IntegrityError for a broken artifact, UsageError for one that is not there or a text that cannot be read.
+    """
+    from llmx.exporters import artifact as files
+    from llmx.models.model import Model, open_model
+    from llmx.validate.case import Settings
+    from llmx.validate.suite import validate as run_checks
+
+    if not artifact.is_file():
+        raise UsageError("there is no such artifact", where=artifact, fix="give a .gguf file")
+    report = run_checks(
+        artifact,
+        reference if isinstance(reference, Model) else open_model(reference, revision),
+        runtime=RUNTIME_OF_FORMAT["gguf"],
+        text=None if text is None else _read_text(text),
+        limits=limits,
+        settings=Settings(threads=threads or available_cores()),
+    )
+    report = replace(report, facts={**report.facts, **(facts or {})})
+    if output is not None:
+        files.make_folder(output)
+        files.write_text(output / REPORT_NAME, report.to_json())
+    return report
+
+
+def limits(
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    max_ppl_ratio: float | None = None,
+    min_tokens_per_second: float | None = None,
+) -> Limits:
+    """What an artifact must keep to pass; None takes the default of its size class."""
+    from llmx.validate.case import Limits
+
+    return Limits(max_kl, min_top1, max_ppl_ratio, min_tokens_per_second)
+
+
+def exit_code(report: Report) -> int:
+    """0 when it passed, 7 when its runtime is missing, 4 otherwise."""
+    if report.passed:
+        return 0
+    if report.failed:
+        return CheckFailed.exit_code
+    return RuntimeMissing.exit_code if _missing_runtime() is not None else CheckFailed.exit_code
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What a GGUF file, or a split set of which `path` is a part, holds: metadata, tensors, sizes.
+
+    Raises: UsageError when there is no such file, IntegrityError when it is broken or hostile.
+    """
+    from llmx.formats.gguf import read_gguf_set
+
+    if not path.is_file():
+        raise UsageError("there is no such file", where=path)
+    file = read_gguf_set(path)
+    tensors = list(file.tensors.values())
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    return {
+        "format": "gguf",
+        "version": file.version,
+        "files": [str(shard) for shard in file.paths],
+        "bytes": sum(shard.stat().st_size for shard in file.paths),
+        "parameters": parameters,
+        "bits_per_weight": round(8 * sum(t.nbytes for t in tensors) / parameters, 4) if parameters else None,
+        "metadata": {key: {"type": file.types[key], "value": value} for key, value in file.metadata.items()},
+        "tensors": [
+            {"name": t.name, "shape": list(t.shape), "type": t.type_name, "bytes": t.nbytes} for t in tensors
+        ],
+    }
+
+
+def doctor() -> dict[str, Any]:
+    """Which runtimes and libraries are here, and why a runtime is not."""
+    import platform
+    from importlib import metadata
+
+    import psutil
+
+    from llmx.validate.runtimes import find_runtime, runtime_names
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    reasons = {name: find_runtime(name).unavailable() for name in runtime_names()}
+    return {
+        "llmx": version("llmx"),
+        "python": platform.python_version(),
+        "cores": available_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "runtimes": [
+            {"name": name, "available": reason is None, "reason": reason} for name, reason in reasons.items()
+        ],
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("the text cannot be read as UTF-8", where=f"{path}: {error}") from error
+
+
+def _missing_runtime() -> str | None:
+    """Why the GGUF runtime cannot run here, or None."""
+    from llmx.validate.runtimes import find_runtime
+
+    return find_runtime(RUNTIME_OF_FORMAT["gguf"]).unavailable()
+
+
+def _require_runtime() -> None:
+    if (reason := _missing_runtime()) is not None:
         raise RuntimeMissing(
-            f"the runtime {name} cannot run here: {reason}",
+            f"the runtime {RUNTIME_OF_FORMAT['gguf']} cannot run here: {reason}",
             fix="pip install 'llmx[llamacpp]', or export unproven with --no-validate",
         )
 

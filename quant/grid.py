@@ -55,7 +55,10 @@ class Search:
 class Grid(Protocol):
     """What a solver needs of a format. weight: f32[rows, cols], rows of whole blocks; n blocks in all."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The type's name, as in BLOCKS."""
+        ...
 
     def fit(self, weight: Floats, importance: Floats | None = None) -> BlockScales:
         """The scales of least weighted error, as they will be stored. importance: f32[cols], mean squared inputs."""
@@ -83,7 +86,8 @@ def _half(values: Floats) -> NDArray[np.float16]:
 
 
 def _flat(weight: Floats) -> Floats:
-    return np.ascontiguousarray(weight, np.float32).reshape(-1)
+    # Writable, because a kernel would be compiled once more for read-only arrays.
+    return np.require(weight, np.float32, ["C", "W"]).reshape(-1)
 
 
 def _importance(importance: Floats | None, search: Search) -> tuple[Floats, float]:
@@ -142,7 +146,7 @@ class AffineGrid:
 
 @dataclass(frozen=True, slots=True)
 class SymmetricGrid:
-    """value = scale · level; levels low … high, or IQ4's uneven ones where both are 0. integers: range of the scales."""
+    """value = scale · level; levels low … high, or IQ4's uneven ones where both are 0; scales in `integers`."""
 
     name: str
     size: int  # weights of a sub-block
