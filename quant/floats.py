@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmx.quant.lanes import compiled
+from llmx.quant.compiled import compiled
+from llmx.quant.lanes import f32
 
 
 @compiled
@@ -17,12 +18,28 @@ def _round_bf16(bits, out):
         out[i] = np.uint16((bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
+@compiled
+def _round_f16(values, bits, out):
+    for i in range(bits.size):
+        sign = (bits[i] >> np.uint32(16)) & np.uint32(0x8000)
+        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+        # Normal halves: drop 13 bits of the mantissa, to even, and move the exponent's zero from 127 to 15.
+        normal = (magnitude + np.uint32(0xFFF) + ((magnitude >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
+        # Subnormal halves count in 2⁻²⁴; adding 2²³ rounds to whole numbers.
+        count = np.uint32(np.int32((abs(values[i]) * f32(2.0**24) + f32(2.0**23)) - f32(2.0**23)))
+        small = magnitude < np.uint32(0x38800000)
+        out[i] = np.uint16(sign | (count if small else normal - np.uint32(112 << 10)))
+
+
 def _f32(weight: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     out[:] = weight.astype("<f4", copy=False).view(np.uint8)
 
 
 def _f16(weight: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
-    out[:] = weight.astype("<f2").view(np.uint8)
+    rounded = np.empty(weight.shape, np.uint16)
+    values = weight.reshape(-1)
+    _round_f16(values, values.view(np.uint32), rounded.reshape(-1))
+    out[:] = rounded.astype("<u2", copy=False).view(np.uint8)
 
 
 def _bf16(weight: NDArray[np.float32], out: NDArray[np.uint8]) -> None:

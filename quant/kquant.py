@@ -5,12 +5,15 @@ together by ±1 with the true error, codes redone, of each of the nine moves; d 
 two linear equations, and kept where the true error falls. So the rounding of all four is inside the search.
 """
 
+# ruff: noqa: PLR0917 - compiled kernels are called by position
+
 from __future__ import annotations
 
 import numpy as np
 
 from llmx.quant.affine import loss, search
-from llmx.quant.lanes import LANES, affine_sums, best_step, compiled, f32, half, load, reciprocal
+from llmx.quant.compiled import compiled
+from llmx.quant.lanes import LANES, affine_sums, best_step, f32, half, load, reciprocal
 
 
 @compiled
@@ -19,46 +22,46 @@ def _move(value, by, limit):
 
 
 @compiled
-def _measure(work, top, d, dmin, subs, scales, mins, error):
-    """Fill error (f32[LANES]) with the true error, less Σwx², of the given integers; work.sums is that of their codes."""
+def _measure(work, top, d, dmin, scales, mins, error):
+    """Fill error (f32[LANES]) with the true error, less Σwx², of the given integers, and work.sums with their sums."""
     for lane in range(LANES):
-        work.inverse[lane] = reciprocal(d[lane // subs] * scales[lane])
-        work.offset[lane] = dmin[lane // subs] * mins[lane]
+        work.inverse[lane] = reciprocal(d[lane] * scales[lane])
+        work.offset[lane] = dmin[lane] * mins[lane]
     affine_sums(work.x, work.w, work.inverse, work.offset, top, work.sums)
     for lane in range(LANES):
-        s, m = d[lane // subs] * scales[lane], work.offset[lane]
         q, qq, qx = work.sums[0, lane], work.sums[1, lane], work.sums[2, lane]
+        s, m = d[lane] * scales[lane], work.offset[lane]
         error[lane] = loss(s, m, work.total[0, lane], work.total[1, lane], q, qq, qx)
 
 
 @compiled
-def _move_integers(work, top, limit, d, dmin, subs, scales, mins):
+def _move_integers(work, top, limit, d, dmin, scales, mins):
     """Move every sub-block's two integers to the best of their nine neighbours; work.error and work.best are theirs."""
     tried_scales, tried_mins, error = np.empty(LANES, f32), np.empty(LANES, f32), np.empty(LANES, f32)
-    chosen = np.zeros(LANES, np.int64)
+    best_scales, best_mins = np.zeros(LANES, f32), np.zeros(LANES, f32)
     work.error[:] = f32(np.inf)
     for k in range(9):
+        up, right = f32(k // 3 - 1), f32(k % 3 - 1)
         for lane in range(LANES):
-            tried_scales[lane] = _move(scales[lane], f32(k // 3 - 1), limit)
-            tried_mins[lane] = _move(mins[lane], f32(k % 3 - 1), limit)
-        _measure(work, top, d, dmin, subs, tried_scales, tried_mins, error)
+            tried_scales[lane] = _move(scales[lane], up, limit)
+            tried_mins[lane] = _move(mins[lane], right, limit)
+        _measure(work, top, d, dmin, tried_scales, tried_mins, error)
         for lane in range(LANES):
             if error[lane] < work.error[lane]:
                 work.error[lane] = error[lane]
-                chosen[lane] = k
+                best_scales[lane], best_mins[lane] = tried_scales[lane], tried_mins[lane]
                 work.best[0, lane] = work.sums[0, lane]
                 work.best[1, lane] = work.sums[1, lane]
                 work.best[2, lane] = work.sums[2, lane]
-    for lane in range(LANES):
-        scales[lane] = _move(scales[lane], f32(chosen[lane] // 3 - 1), limit)
-        mins[lane] = _move(mins[lane], f32(chosen[lane] % 3 - 1), limit)
+    scales[:] = best_scales
+    mins[:] = best_mins
 
 
 @compiled
-def _least_squares(work, subs, g, scales, mins, d, dmin):
-    """(d, dmin) of least error for the codes of super-block g, as float16; the old ones where there is no better."""
+def _least_squares(work, lanes, scales, mins, d, dmin):
+    """(d, dmin) of least error for the codes of the super-block in `lanes`, as float16."""
     aa, ab, bb, ax, bx = f32(0), f32(0), f32(0), f32(0), f32(0)
-    for lane in range(g * subs, (g + 1) * subs):
+    for lane in range(lanes[0], lanes[1]):
         a, b = scales[lane], mins[lane]
         aa += a * a * work.best[1, lane]
         ab += a * b * work.best[0, lane]
@@ -74,33 +77,37 @@ def _least_squares(work, subs, g, scales, mins, d, dmin):
 
 
 @compiled
-def _refit(work, top, d, dmin, subs, scales, mins):
+def _refit(work, top, subs, scales, mins, d, dmin):
     """Replace d and dmin by the least-squares ones for the codes at hand where the true error falls."""
-    new_d, new_dmin, error = np.empty_like(d), np.empty_like(d), np.empty(LANES, f32)
-    for g in range(d.size):
-        new_d[g], new_dmin[g] = _least_squares(work, subs, g, scales, mins, d[g], dmin[g])
-    _measure(work, top, new_d, new_dmin, subs, scales, mins, error)
-    for g in range(d.size):
+    new_d, new_dmin, error = np.empty(LANES, f32), np.empty(LANES, f32), np.empty(LANES, f32)
+    for start in range(0, LANES, subs):
+        stop = start + subs
+        pair = _least_squares(work, (start, stop), scales, mins, d[start], dmin[start])
+        new_d[start:stop], new_dmin[start:stop] = pair[0], pair[1]
+    _measure(work, top, new_d, new_dmin, scales, mins, error)
+    for start in range(0, LANES, subs):
         gain = f32(0)
-        for lane in range(g * subs, (g + 1) * subs):
+        for lane in range(start, start + subs):
             gain += error[lane] - work.error[lane]
         if gain < f32(0):
-            d[g], dmin[g] = new_d[g], new_dmin[g]
+            d[start : start + subs] = new_d[start : start + subs]
+            dmin[start : start + subs] = new_dmin[start : start + subs]
 
 
 @compiled
-def _start_integers(work, limit, d, dmin, subs, scales, mins):
+def _start_integers(work, limit, subs, scales, mins, d, dmin):
     """Turn the sub-blocks' own scales and minima into a first d and dmin and integers in 0 … limit, in place."""
     curvature = np.empty(LANES, f32)
     for lane in range(LANES):  # of the error over the scale, the minimum free to follow
         q = work.best[0, lane]
         curvature[lane] = max(work.best[1, lane] - q * q / work.total[0, lane], f32(0))
-    for g in range(d.size):
-        d[g] = best_step(scales, curvature, f32(0), limit, g * subs, (g + 1) * subs)
-        dmin[g] = best_step(mins, work.total[0], f32(0), limit, g * subs, (g + 1) * subs)
+    for start in range(0, LANES, subs):
+        stop = start + subs
+        d[start:stop] = best_step(scales, curvature, f32(0), limit, start, stop)
+        dmin[start:stop] = best_step(mins, work.total[0], f32(0), limit, start, stop)
     for lane in range(LANES):
-        scales[lane] = min(np.rint(scales[lane] * reciprocal(d[lane // subs])), limit)
-        mins[lane] = min(np.rint(mins[lane] * reciprocal(dmin[lane // subs])), limit)
+        scales[lane] = min(np.rint(scales[lane] * reciprocal(d[lane])), limit)
+        mins[lane] = min(np.rint(mins[lane] * reciprocal(dmin[lane])), limit)
 
 
 @compiled
@@ -109,24 +116,24 @@ def fit_super(
 ):
     """Fill d_out, dmin_out (f32[blocks], float16 values), scales_out, mins_out (i8[blocks, subs]) for whole blocks.
 
-    limit: the largest integer scale. loops: rounds of moves and refits.
+    limit: the largest integer scale. loops: rounds of moves, with a refit between two. d, dmin: f32[LANES], equal
+    within a super-block.
     """
     subs = scales_out.shape[1]
     count = values.size // work.x.shape[0]
     top, limit = f32(top), f32(limit)
-    scales, mins = np.empty(LANES, f32), np.empty(LANES, f32)
-    d, dmin = np.empty(LANES // subs, f32), np.empty(LANES // subs, f32)
+    scales, mins, d, dmin = np.empty(LANES, f32), np.empty(LANES, f32), np.empty(LANES, f32), np.empty(LANES, f32)
     for first in range(0, count, LANES):
         lanes = min(LANES, count - first)
         load(values, importance, first, lanes, 256, f32(spread), work)
         search(work, top, False, starts, lloyd, scales, mins)
-        _start_integers(work, limit, d, dmin, subs, scales, mins)
+        _start_integers(work, limit, subs, scales, mins, d, dmin)
         for loop in range(loops):
-            _move_integers(work, top, limit, d, dmin, subs, scales, mins)
+            _move_integers(work, top, limit, d, dmin, scales, mins)
             if loop + 1 < loops:
-                _refit(work, top, d, dmin, subs, scales, mins)
+                _refit(work, top, subs, scales, mins, d, dmin)
         for lane in range(lanes):
             block = (first + lane) // subs
-            d_out[block], dmin_out[block] = d[lane // subs], dmin[lane // subs]
+            d_out[block], dmin_out[block] = d[lane], dmin[lane]
             scales_out[block, lane % subs] = np.int8(scales[lane])
             mins_out[block, lane % subs] = np.int8(mins[lane])

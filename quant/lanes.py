@@ -5,19 +5,20 @@ needs no horizontal reduction and no licence to reorder floats. All is float32 i
 same on every machine and however the rows are cut into chunks. Lanes past the last sub-block hold zeros.
 """
 
+# ruff: noqa: PLR0917 - compiled kernels are called by position
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+
+from llmx.quant.compiled import compiled
 
 f32 = np.float32
 LANES = 64
 TINY = f32(1e-30)  # below this a scale or an energy counts as zero: its inverse would leave float32
 Array = np.ndarray[Any, Any]
-
-compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 
 class Work(NamedTuple):
@@ -148,10 +149,10 @@ def linear_sums(x, w, inverse, low, high, sums):
 
 @compiled
 def best_step(wanted, curvature, low, high, start, stop):
-    """The float16 step d (as float32) for which the integers round(wanted / d) in low … high serve lanes start … stop best.
+    """The float16 step d (as float32) whose integers round(wanted / d) in low … high serve lanes start … stop best.
 
-    The loss of a sub-block is curvature · (wanted − d · integer)². The largest |wanted| is put on low, low + 1, …
-    if low is negative, else on high, high − 1, …
+    The loss of a sub-block is curvature · (wanted − d · integer)². The largest |wanted| is put on low, if that is
+    negative, else on high, and on up to a quarter less.
     """
     largest = f32(0)
     for lane in range(start, stop):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmx.quant.lanes import LANES, compiled, f32
+from llmx.quant.compiled import compiled
+from llmx.quant.lanes import LANES, f32
 
 
 @compiled

@@ -1,16 +1,22 @@
 """From weights and chosen scales to codes: the nearest level of every weight, element by element, in numba."""
 
+# ruff: noqa: PLR0917 - compiled kernels are called by position
+
 from __future__ import annotations
 
 import numpy as np
 
-from llmx.quant.lanes import compiled, f32, reciprocal
+from llmx.quant.compiled import compiled
+from llmx.quant.lanes import f32, reciprocal
 from llmx.quant.nonlinear import MIDPOINTS
 
 
 @compiled
 def round_affine(values, scale, offset, top, codes):
-    """Fill codes (u8[subs, size]) with round((value − offset) / scale) in 0 … top. values: f32[subs, size]; scale, offset: f32[subs]."""
+    """Fill codes (u8[subs, size]) with round((value − offset) / scale) in 0 … top.
+
+    values: f32[subs, size]; scale, offset: f32[subs].
+    """
     top = f32(top)
     for sub in range(values.shape[0]):
         r, m = reciprocal(scale[sub]), offset[sub]

@@ -1,14 +1,17 @@
 """Fits for grids without a minimum: value = scale · level. Q3_K, Q6_K, IQ4_XS; Q4_0, Q5_0, Q8_0, IQ4_NL.
 
-For given levels q the best scale is Σwqx / Σwq² and takes Σwx² down by (Σwqx)² / Σwq², so one pass over a sub-block both
-scores a candidate and improves it. Levels are uneven where low = high = 0 (IQ4), else the integers low … high.
+For given levels q the best scale is Σwqx / Σwq² and takes Σwx² down by (Σwqx)² / Σwq², so one pass over a sub-block
+both scores a candidate and improves it. Levels are uneven where low = high = 0 (IQ4), else the integers low … high.
 """
+
+# ruff: noqa: PLR0917 - compiled kernels are called by position
 
 from __future__ import annotations
 
 import numpy as np
 
-from llmx.quant.lanes import LANES, best_step, compiled, f32, half, linear_sums, load, reciprocal
+from llmx.quant.compiled import compiled
+from llmx.quant.lanes import LANES, best_step, f32, half, linear_sums, load, reciprocal
 from llmx.quant.nonlinear import uneven_sums
 
 
@@ -59,77 +62,78 @@ def search(work, low, high, starts, lloyd, scale):
 
 
 @compiled
-def _try_scales(work, low, high, d, subs, integer, move, chosen):
-    """Score the integer scales moved by `move`; keep in `chosen`, with error and sums, where that is better."""
-    limit_low, limit_high = chosen[1, 0], chosen[1, 1]
+def _measure(work, low, high, d, integers, error):
+    """Fill error (f32[LANES]) with the true error, less Σwx², of the given integers, and work.sums with their sums."""
     for lane in range(LANES):
-        work.inverse[lane] = reciprocal(d[lane // subs] * min(max(integer[lane] + move, limit_low), limit_high))
+        work.inverse[lane] = reciprocal(d[lane] * integers[lane])
     _sums(work, low, high)
     for lane in range(LANES):
-        moved = min(max(integer[lane] + move, limit_low), limit_high)
-        s = d[lane // subs] * moved
-        error = s * (s * work.sums[1, lane] - f32(2) * work.sums[2, lane])
-        if error < work.error[lane]:
-            work.error[lane] = error
-            chosen[0, lane] = moved
-            work.best[1, lane], work.best[2, lane] = work.sums[1, lane], work.sums[2, lane]
+        s = d[lane] * integers[lane]
+        error[lane] = s * (s * work.sums[1, lane] - f32(2) * work.sums[2, lane])
 
 
 @compiled
-def _refit(work, low, high, d, subs, integer):
-    """Replace d by the least-squares one for the codes at hand where the real error, codes redone, falls."""
-    trial = np.empty_like(d)
-    for g in range(d.size):
+def _move_integers(work, low, high, limits, d, integers):
+    """Move every integer scale to the best of itself and its two neighbours; work.error and work.best are theirs."""
+    tried, best, error = np.empty(LANES, f32), np.zeros(LANES, f32), np.empty(LANES, f32)
+    work.error[:] = f32(np.inf)
+    for move in (0, -1, 1):
+        for lane in range(LANES):
+            tried[lane] = min(max(integers[lane] + f32(move), limits[0]), limits[1])
+        _measure(work, low, high, d, tried, error)
+        for lane in range(LANES):
+            if error[lane] < work.error[lane]:
+                work.error[lane], best[lane] = error[lane], tried[lane]
+                work.best[1, lane], work.best[2, lane] = work.sums[1, lane], work.sums[2, lane]
+    integers[:] = best
+
+
+@compiled
+def _refit(work, low, high, subs, integers, d):
+    """Replace d by the least-squares one for the codes at hand where the true error, codes redone, falls."""
+    trial, error = np.empty(LANES, f32), np.empty(LANES, f32)
+    for start in range(0, LANES, subs):
         above, below = f32(0), f32(0)
-        for lane in range(g * subs, (g + 1) * subs):
-            above += integer[lane] * work.best[2, lane]
-            below += integer[lane] * integer[lane] * work.best[1, lane]
-        trial[g] = half(above / below) if below > f32(0) else d[g]
-    for lane in range(LANES):
-        work.inverse[lane] = reciprocal(trial[lane // subs] * integer[lane])
-    _sums(work, low, high)
-    for g in range(d.size):
+        for lane in range(start, start + subs):
+            above += integers[lane] * work.best[2, lane]
+            below += integers[lane] * integers[lane] * work.best[1, lane]
+        trial[start : start + subs] = half(above / below) if below > f32(0) else d[start]
+    _measure(work, low, high, trial, integers, error)
+    for start in range(0, LANES, subs):
         gain = f32(0)
-        for lane in range(g * subs, (g + 1) * subs):
-            s = trial[g] * integer[lane]
-            gain += s * (s * work.sums[1, lane] - f32(2) * work.sums[2, lane]) - work.error[lane]
+        for lane in range(start, start + subs):
+            gain += error[lane] - work.error[lane]
         if gain < f32(0):
-            d[g] = trial[g]
+            d[start : start + subs] = trial[start : start + subs]
 
 
 @compiled
 def fit_super(values, importance, work, low, high, limits, spread, starts, lloyd, loops, d_out, scales_out):
     """Fill d_out (f32[blocks], float16 values) and scales_out (i8[blocks, subs]) for values (f32[blocks · 256]).
 
-    limits: the range of the integer scales. loops: rounds of ±1 on every integer scale and a refit of d.
+    limits: the range of the integer scales. loops: rounds of moves of the integers, with a refit of d between two.
+    d: f32[LANES], equal within a super-block.
     """
     subs = scales_out.shape[1]
     count = values.size // work.x.shape[0]
-    low, high = f32(low), f32(high)
-    scale = np.empty(LANES, f32)
-    integer = np.empty(LANES, f32)
-    chosen = np.zeros((2, LANES), f32)
-    chosen[1, 0], chosen[1, 1] = f32(limits[0]), f32(limits[1])
-    d = np.empty(LANES // subs, f32)
+    low, high, limits = f32(low), f32(high), (f32(limits[0]), f32(limits[1]))
+    integers, d = np.empty(LANES, f32), np.empty(LANES, f32)
     for first in range(0, count, LANES):
-        load(values, importance, first, min(LANES, count - first), 256, f32(spread), work)
-        search(work, low, high, starts, lloyd, scale)
-        for g in range(d.size):
-            d[g] = best_step(scale, work.best[1], chosen[1, 0], chosen[1, 1], g * subs, (g + 1) * subs)
+        lanes = min(LANES, count - first)
+        load(values, importance, first, lanes, 256, f32(spread), work)
+        search(work, low, high, starts, lloyd, integers)
+        for start in range(0, LANES, subs):
+            stop = start + subs
+            d[start:stop] = best_step(integers, work.best[1], limits[0], limits[1], start, stop)
         for lane in range(LANES):
-            rounded = np.rint(scale[lane] * reciprocal(d[lane // subs]))
-            integer[lane] = min(max(rounded, chosen[1, 0]), chosen[1, 1])
+            integers[lane] = min(max(np.rint(integers[lane] * reciprocal(d[lane])), limits[0]), limits[1])
         for loop in range(loops):
-            work.error[:] = f32(np.inf)
-            for move in (0, -1, 1):
-                _try_scales(work, low, high, d, subs, integer, f32(move), chosen)
-            integer[:] = chosen[0]
+            _move_integers(work, low, high, limits, d, integers)
             if loop + 1 < loops:
-                _refit(work, low, high, d, subs, integer)
-        for lane in range(min(LANES, count - first)):
-            block = (first + lane) // subs
-            d_out[block] = d[lane // subs]
-            scales_out[block, lane % subs] = np.int8(integer[lane])
+                _refit(work, low, high, subs, integers, d)
+        for lane in range(lanes):
+            d_out[(first + lane) // subs] = d[lane]
+            scales_out[(first + lane) // subs, lane % subs] = np.int8(integers[lane])
 
 
 @compiled
