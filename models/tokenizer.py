@@ -188,7 +188,7 @@ def _special(
     for role in ROLES:
         key = f"{role}_token"
         text = _text(config[key] if key in config else beside.get(key))
-        fallback = next((model[f"{key}_id"] for model in models if isinstance(model.get(f"{key}_id"), int)), None)
+        fallback = next((id for model in models for id in _listed(model.get(f"{key}_id"))), -1)
         if text is not None and text in ids:
             special[role] = ids[text]
         elif text is not None and role in ("bos", "eos"):
@@ -199,7 +199,7 @@ def _special(
             continue  # null: the tokenizer says that it has none
         elif role in vocabulary.roles:
             special[role] = vocabulary.roles[role]
-        elif fallback is not None and 0 <= fallback < len(vocabulary.tokens):
+        elif isinstance(fallback, int) and 0 <= fallback < len(vocabulary.tokens):
             special[role] = fallback
         else:
             usual = next((ids[name] for name in USUAL_NAMES.get(role, ()) if name in ids), None)
@@ -209,6 +209,11 @@ def _special(
     if problems:
         raise IntegrityError("special tokens are missing", problems=problems, where=folder / "tokenizer_config.json")
     return special, notes
+
+
+def _listed(value: object) -> list[Any]:
+    """Returns one id or a list of them as a list."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _text(value: object) -> str | None:
@@ -234,8 +239,7 @@ def _end_ids(
     folder: Path, special: Mapping[str, int], models: Sequence[Mapping[str, Any]], size: int
 ) -> tuple[int, ...]:
     config, generation = models
-    value = (generation or config).get("eos_token_id")
-    listed = [] if value is None else value if isinstance(value, list) else [value]
+    listed = _listed((generation or config).get("eos_token_id"))
     wrong = [id for id in listed if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < size]
     if wrong:
         where = folder / ("generation_config.json" if generation else "config.json")

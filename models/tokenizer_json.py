@@ -57,6 +57,14 @@ def read_vocabulary(document: Mapping[str, Any], where: object, cleans_spaces: b
     cleans_spaces: the tokenizer deletes spaces before punctuation when it decodes.
     Raises: IntegrityError for contradictions (every one listed), UnsupportedError for rules that are not known.
     """
+    try:
+        return _read(document, where, cleans_spaces)
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        # A part is of another JSON type than the format has it: there are too many places to ask at each.
+        raise IntegrityError(f"tokenizer.json does not have its format's structure: {error!r}", where=where) from error
+
+
+def _read(document: Mapping[str, Any], where: object, cleans_spaces: bool) -> Vocabulary:
     model = document.get("model")
     if not isinstance(model, Mapping):
         raise IntegrityError("tokenizer.json has no model", where=where)
@@ -118,12 +126,22 @@ def place(
             problems.append(f"id {id} has two tokens, {names[id]!r} and {text!r}")
         if len(problems) >= SHOWN:
             break
+    if not problems and not _is_unicode("".join(ids)):
+        problems = [f"{text!r} is no Unicode text" for text in ids if not _is_unicode(text)][:SHOWN]
     if problems or not names:
         raise IntegrityError("the vocabulary contradicts itself", problems=problems or ["it is empty"], where=where)
     size = max(names) + 1
     if size > 2 * len(names) + 1024:
         raise IntegrityError(f"the vocabulary names {len(names)} tokens but ids up to {size - 1}", where=where)
     return tuple(names.get(id) for id in range(size))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return False
+    return True
 
 
 def with_added(types: list[int], added: Sequence[AddedToken]) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -153,14 +171,15 @@ def _merges(parsed: _Parsed) -> tuple[tuple[str, str], ...]:
     merges: list[tuple[str, str]] = []
     for rank, entry in enumerate(parsed.model.get("merges") or ()):
         pair: Any = entry.split(" ") if isinstance(entry, str) else entry
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            problems.append(f"merge {rank}: {entry!r} is no pair")
-        elif any(part not in known for part in (*pair, pair[0] + pair[1])):
-            problems.append(f"merge {rank}: {pair!r} names a token that is not in the vocabulary")
-        else:
-            merges.append((pair[0], pair[1]))
-        if len(problems) >= SHOWN:
-            break
+        try:
+            left, right = pair
+            fine = left in known and right in known and left + right in known
+        except (TypeError, ValueError):
+            fine, left, right = False, "", ""
+        if fine:
+            merges.append((left, right))
+        elif len(problems) < SHOWN:
+            problems.append(f"merge {rank}: {entry!r} is no pair of tokens that join to a token")
     if problems:
         raise IntegrityError("the merges contradict the vocabulary", problems=problems, where=parsed.where)
     return tuple(merges)
@@ -177,13 +196,13 @@ def _bpe(parsed: _Parsed) -> Vocabulary:
 
 
 def _byte_bpe(parsed: _Parsed) -> Vocabulary:
+    pre, notes = classify(
+        parsed.document.get("pre_tokenizer"), bool(parsed.model.get("ignore_merges")), parsed.cleans_spaces
+    )
     forms = [str(rule.get("type")) for rule in flatten(parsed.document.get("normalizer"), "normalizers")]
     unknown = [form for form in forms if form not in NORMAL_FORMS]
     if unknown:
         raise UnsupportedError("byte-level BPE with normalizers not known", problems=unknown, where=parsed.where)
-    pre, notes = classify(
-        parsed.document.get("pre_tokenizer"), bool(parsed.model.get("ignore_merges")), parsed.cleans_spaces
-    )
     types, more = with_added([UNUSED if token is None else NORMAL for token in parsed.tokens], parsed.added)
     return Vocabulary(
         kind="byte_bpe",
