@@ -25,7 +25,6 @@ from llmx.formats.gguf import read_gguf
 from llmx.formats.imatrix import write_imatrix
 from llmx.formats.safetensors import write_safetensors
 from llmx.models.families import describe
-from llmx.models.model import open_model
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "stock_types.json"
@@ -92,11 +91,7 @@ def random_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((TOKENIZER / name).read_bytes())
     random = np.random.default_rng(0)
-    shapes = {
-        name: spec
-        for spec in describe(config).tensors
-        for name in spec.source.names
-    }
+    shapes = {name: spec for spec in describe(config).tensors for name in spec.source.names}
     tensors = []
     for name, spec in shapes.items():
         shape = list(spec.shape[1:] if len(spec.source.names) > 1 else spec.shape)
@@ -110,7 +105,7 @@ def random_checkpoint(folder: Path, config: dict[str, Any]) -> None:
 
 
 def stock_types(binary: Path, config: dict[str, Any], scratch: Path) -> dict[str, dict[str, str]]:
-    """File type (with "+importance" for those made with a matrix) -> kind of tensor -> types by layer, run-length coded."""
+    """File type ("+importance" when made with a matrix) -> kind of tensor -> types by layer, run-length coded."""
     random_checkpoint(scratch / "model", config)
     source = api.export(
         api.ExportRequest(str(scratch / "model"), type_name="F32", output=scratch / "f32.gguf", validate=False)

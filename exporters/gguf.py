@@ -1,6 +1,6 @@
 """The GGUF exporter: plan every tensor and byte, check every weight, then write in one streaming pass.
 
-    checkpoint rows -> [worker threads: read, permute, encode] -> [one writer: digest, write in file order]
+checkpoint rows -> [worker threads: read, permute, encode] -> [one writer: digest, write in file order]
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def prepare(model: Model, tokenizer: Tokenizer, options: GgufOptions) -> GgufExp
         steps=steps,
         files=tuple(PlannedFile(n, placed.size) for n, placed in zip(names, layouts, strict=True)),
         notes=(*runtime_notes(architecture, family), *limits(tokenizer, rows)),
-        peak_memory_bytes=_BASE_MEMORY + _MEMORY_PER_WEIGHT * (2 * options.threads + 1) * _largest_chunk(layout_entries),
+        peak_memory_bytes=_BASE_MEMORY
+        + _MEMORY_PER_WEIGHT * (2 * options.threads + 1) * _largest_chunk(layout_entries),
     )
     return GgufExport(plan, model, options, layout_entries, importance, metadata, tuple(map(tuple, shards)))
 
@@ -238,8 +239,8 @@ def write(export: GgufExport, targets: Sequence[Path]) -> tuple[str, ...]:
                 current = index
                 number, offset = places[export.entries[index].name]
                 streams[number].seek(offset)
-            streams[number].write(data)
-            digests[index].update(data)
+            streams[number].write(data.data)
+            digests[index].update(data.data)
             progress.advance(data.nbytes)
         metadata = export.metadata | {DIGESTS_KEY: array("u64", [_short(digest.digest()) for digest in digests])}
         for stream, shard in zip(streams, _layouts(metadata, export.shards), strict=True):

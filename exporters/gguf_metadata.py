@@ -204,7 +204,7 @@ def rope_tensors(rope: Rope | None) -> dict[str, npt.NDArray[np.float32]]:
     if rope.kind == "llama3":
         context = rope.original_context or 0
         plain = inverse_frequencies(replace(rope, kind="default"), context)
-        return {"rope_freqs.weight": plain / inverse_frequencies(rope, context)}
+        return {"rope_freqs.weight": (plain / inverse_frequencies(rope, context)).astype(np.float32)}
     if rope.kind == "longrope":
         return {
             "rope_factors_long.weight": np.asarray(rope.long_factor, np.float32),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmx.models.model import Model
 
 Floats = npt.NDArray[np.float32]
+Places = dict[tuple[int | None, Role, str], TensorSpec]  # by layer, role and part
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Entry:
 
 def entries(a: Architecture, family: GgufFamily, vocabulary_rows: int) -> tuple[Entry, ...]:
     """The GGUF tensors of this architecture, in file order: embedding, rope tables, layers, output."""
-    by_place = {(t.layer, t.role, t.part): t for t in a.tensors}
+    by_place: Places = {(t.layer, t.role, t.part): t for t in a.tensors}
     outside = {name: list(_of_place(None, name, roles, by_place, family)) for name, roles in OUTSIDE_LAYERS.items()}
     made = [Entry(name, None, None, value.shape, False, constant=value) for name, value in rope_tensors(a.rope).items()]
     layers = [
@@ -84,7 +85,7 @@ def _of_place(
     layer: int | None,
     name: str,
     roles: tuple[Role, ...],
-    by_place: dict[tuple[int | None, Role, str], TensorSpec],
+    by_place: Places,
     family: GgufFamily,
 ) -> Iterator[Entry]:
     prefix = "" if layer is None else f"blk.{layer}."

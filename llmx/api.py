@@ -16,8 +16,8 @@ from llmx.errors import CheckFailed, RuntimeMissing, UnsupportedError, UsageErro
 if TYPE_CHECKING:
     from llmx.exporters.gguf import GgufExport
     from llmx.models.model import Model
-    from llmx.validate.report import Report
     from llmx.validate.case import Limits
+    from llmx.validate.report import Report
 
 FORMATS = ("gguf",)
 METHODS = ("auto", "rtn", "awq", "gptq")
@@ -286,9 +286,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "parameters": parameters,
         "bits_per_weight": round(8 * sum(t.nbytes for t in tensors) / parameters, 4) if parameters else None,
         "metadata": {key: {"type": file.types[key], "value": value} for key, value in file.metadata.items()},
-        "tensors": [
-            {"name": t.name, "shape": list(t.shape), "type": t.type_name, "bytes": t.nbytes} for t in tensors
-        ],
+        "tensors": [{"name": t.name, "shape": list(t.shape), "type": t.type_name, "bytes": t.nbytes} for t in tensors],
     }
 
 
@@ -313,9 +311,7 @@ def doctor() -> dict[str, Any]:
         "python": platform.python_version(),
         "cores": available_cores(),
         "memory_bytes": psutil.virtual_memory().total,
-        "runtimes": [
-            {"name": name, "available": reason is None, "reason": reason} for name, reason in reasons.items()
-        ],
+        "runtimes": [{"name": name, "available": reason is None, "reason": reason} for name, reason in reasons.items()],
         "libraries": {name: version(name) for name in LIBRARIES},
     }
 
@@ -364,7 +360,10 @@ def _export_facts(
         tensor["sha256"] = digest
     return {
         "export": {
-            "source": {"id": exporter.model.checkpoint.source.id, "revision": exporter.model.checkpoint.source.revision},
+            "source": {
+                "id": exporter.model.checkpoint.source.id,
+                "revision": exporter.model.checkpoint.source.revision,
+            },
             "method": "rtn",
             "importance": None if request.imatrix is None else request.imatrix.name,
             "seconds": round(seconds, 3),

@@ -56,7 +56,9 @@ _limits = _several(
 )
 
 
-@click.group(epilog="Exit codes: 0 passed, 2 usage, 3 unsupported, 4 check failed, 5 resources, 6 integrity, 7 no runtime.")
+@click.group(
+    epilog="Exit codes: 0 passed, 2 usage, 3 unsupported, 4 check failed, 5 resources, 6 integrity, 7 no runtime."
+)
 @click.version_option(package_name="llmx")
 def commands() -> None:
     """Turn a Hugging Face checkpoint into a file that runs where people deploy, and prove it there."""
