@@ -161,7 +161,7 @@ def _window(trial: _Trial, floor: Floor) -> Iterator[Check]:
     sequence = next(chunks(case.ids, case.leading, length, 1), None)
     if length > case.settings.window_tokens or sequence is None:
         reason = "the text has fewer" if sequence is None else f"at most {case.settings.window_tokens} are run"
-        yield Check("conversion.window", None, detail=f"not run: it takes {length} tokens; {reason}", required=False)
+        yield not_run("conversion.window", f"it takes {length} tokens; {reason}", required=False)
         return
     found = trial.run([sequence], range(window, length))
     detail = f"{found.positions} positions past the sliding window of {window}{trial.twins.note}"

@@ -4,8 +4,8 @@ A check is a number with a limit, a unit and the origin of the limit. Its status
 
   passed           it ran and held
   FAILED           it ran and did not hold
-  not run          it could not run; `detail` says why; never counts as passed
-  not applicable   there is nothing to check (a model without a chat template); `required` is False then
+  not run          it could not run; `detail` says why; never counts as passed; a required one fails the report
+  not applicable   there is nothing to check: a model without a chat template
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Check:
 
     name: "kind.what". limit: the value must not pass it; None for a figure that is only reported.
     origin: where the limit comes from. detail: a short explanation; it names the offenders.
-    required: the whole report cannot pass while this check has not run.
+    required: the whole report cannot pass while this check has not run. applicable: there is something to check.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Check:
     origin: str = ""
     detail: str = ""
     required: bool = True
+    applicable: bool = True
 
     @property
     def kind(self) -> str:
@@ -44,18 +45,18 @@ class Check:
     @property
     def status(self) -> str:
         if self.passed is None:
-            return "not run" if self.required else "not applicable"
+            return "not run" if self.applicable else "not applicable"
         return "passed" if self.passed else "FAILED"
 
 
-def not_run(name: str, reason: str) -> Check:
-    """Returns a required check that could not run: the report cannot pass."""
-    return Check(name, None, detail=reason)
+def not_run(name: str, reason: str, *, required: bool = True) -> Check:
+    """Returns a check that could not run; the report cannot pass when it was required."""
+    return Check(name, None, detail=reason, required=required)
 
 
 def not_applicable(name: str, reason: str) -> Check:
     """Returns a check that has nothing to look at; it counts neither as passed nor as failed."""
-    return Check(name, None, detail=reason, required=False)
+    return Check(name, None, detail=reason, required=False, applicable=False)
 
 
 def at_most(name: str, value: float, limit: float, unit: str, origin: str, *, detail: str = "") -> Check:

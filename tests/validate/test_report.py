@@ -45,6 +45,9 @@ def test_a_skipped_check_never_reads_as_passed():
 def test_a_check_with_nothing_to_look_at_neither_passes_nor_fails():
     nothing = not_applicable("template.embedded", "the checkpoint has no chat template")
     assert nothing.status == "not applicable"
+    optional = not_run("template.runtime", "no way to its engine", required=False)
+    assert optional.status == "not run"
+    assert Report((GOOD, optional)).passed
     assert Report((GOOD, nothing)).passed
     assert not Report((GOOD, BAD, nothing)).passed
 

@@ -1,0 +1,77 @@
+"""What a validation reads and how its text is cut."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmx.errors import UsageError
+from llmx.formats.gguf import GgufTensor
+from llmx.validate.case import SHORTEST_CHUNK, Settings, chunks
+from llmx.validate.checks_bytes import RMS_LIMITS, named
+from llmx.validate.checks_conversion import check_conversion
+from llmx.validate.checks_quality import KL_LIMITS, check_quality, default_kl_limit
+from llmx.validate.oracle import Tokens
+from llmx.validate.sample_text import SAMPLE_TEXT
+from llmx.validate.suite import validate
+
+
+@given(st.integers(0, 300), st.integers(0, 1), st.integers(2, 40), st.integers(0, 9))
+def test_chunks_do_not_overlap_and_each_begins_with_bos(total, leading, length, count):
+    ids = list(range(100, 100 + total))
+    found = list(chunks(ids, [1] * leading, length, count))
+    assert len(found) == min(count, total // (length - leading))
+    assert all(len(chunk) == length and chunk[:leading] == [1] * leading for chunk in found)
+    joined = [token for chunk in found for token in chunk[leading:]]
+    assert joined == ids[: len(joined)]
+
+
+def test_the_sample_text_is_long_enough_for_a_large_vocabulary_and_has_many_scripts(checkpoint_of):
+    tokens = Tokens(checkpoint_of("stories42m-llama"))
+    assert len(tokens.encode(SAMPLE_TEXT, False)) > 5 * 256
+    for sample in ("Once upon a time", "def ", "SELECT", "größe"[:2], "山", "Старый", "في", "연", "1,146", "\n"):
+        assert sample in SAMPLE_TEXT
+
+
+def test_every_type_has_both_limits():
+    assert set(RMS_LIMITS) == set(KL_LIMITS)
+
+
+def test_the_kl_limit_follows_the_mix_of_types():
+    def tensor(type_name: str, *shape: int) -> GgufTensor:
+        return GgufTensor("t", type_name, shape, 0, 0)
+
+    assert default_kl_limit([tensor("Q4_K", 8, 256)]) == KL_LIMITS["Q4_K"]
+    mixed = default_kl_limit([tensor("Q4_K", 8, 256), tensor("Q6_K", 8, 256), tensor("F32", 256)])
+    assert mixed == pytest.approx((KL_LIMITS["Q4_K"] + KL_LIMITS["Q6_K"]) / 2)
+    assert default_kl_limit([tensor("IQ1_S", 8, 256)]) >= KL_LIMITS["Q2_K"]
+
+
+def test_an_empty_text_is_refused(artifacts):
+    artifact, reference = artifacts("tiny-qwen3", "Q8_0")
+    with pytest.raises(UsageError, match="empty"):
+        validate(artifact, reference, text=" \n")
+
+
+def test_a_short_text_is_read_in_one_short_chunk_and_the_report_says_so(artifacts, case_of, llama_cpp):
+    artifact, reference = artifacts("tiny-qwen3", "Q8_0")
+    case = case_of(artifact, reference, llama_cpp, text="Once upon a time there was a little otter named Pip.")
+    checks = [*check_conversion(case), *check_quality(case)]
+    assert all(check.passed for check in checks), checks
+    quality = next(check for check in checks if check.name == "quality.kl")
+    assert "the text is too short for more" in quality.detail
+
+
+def test_a_text_of_a_few_letters_judges_nothing_and_does_not_pass(artifacts, case_of, llama_cpp):
+    artifact, reference = artifacts("tiny-qwen3", "Q8_0")
+    case = case_of(artifact, reference, llama_cpp, text="Hi", settings=Settings(positions=64))
+    checks = [*check_conversion(case), *check_quality(case)]
+    assert {check.status for check in checks} == {"not run"}
+    assert all(str(SHORTEST_CHUNK) in check.detail for check in checks)
+
+
+def test_long_lists_of_offenders_are_cut():
+    assert named([]) == ""
+    assert named(["a", "b"]) == "a, b"
+    assert named([str(i) for i in range(20)]).endswith("7 and 12 more")
