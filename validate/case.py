@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from llmx.validate.oracle import Tokens
 from llmx.validate.runtimes import Runtime
 
 SHORTEST_CHUNK = 8  # tokens
+CHARACTERS_PER_TOKEN = 40  # more than any tokenizer reaches over a page of text
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,12 @@ class Case:
     limits: Limits
     settings: Settings
     scratch: Path
+    ids: list[int] = field(init=False)  # of the text, without BOS: as many as the checks can use
 
-    @property
-    def ids(self) -> list[int]:
-        """The ids of the text, without BOS."""
-        return self.tokens.encode(self.text, add_special=False)
+    def __post_init__(self) -> None:
+        wanted = 3 * self.settings.positions + self.settings.window_tokens
+        ids = self.tokens.encode(self.text[: wanted * CHARACTERS_PER_TOKEN], add_special=False)
+        object.__setattr__(self, "ids", ids)
 
     @property
     def chunk(self) -> int:

@@ -198,6 +198,8 @@ def _digests(file: GgufFile) -> Check:
         return Check("bytes.digests", False, len(stored), len(file.tensors), "digests", origin, detail)
     changed = [name for name, digest in zip(file.tensors, stored, strict=True) if tensor_digest(file, name) != digest]
     detail = named(changed) or f"{len(stored)} tensors"
+    if len(changed) > 1:
+        detail += "; a program that rewrites tensors and copies the metadata (llama-quantize) leaves such digests, too"
     return at_most("bytes.digests", len(changed), 0, "tensors", origin, detail=detail)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmx.errors import IntegrityError
+from llmx.exporters.artifact import disk_error
 from llmx.exporters.gguf_tensors import restore
 from llmx.validate import twin
 from llmx.validate.case import Case, chunks
@@ -93,15 +94,18 @@ def _plan(case: Case) -> _Size | str:
 def make_twins(case: Case, layers: int | None) -> Twins:
     """Writes both twins into the case's scratch folder. An F32 artifact is its own; its reference is the checkpoint.
 
-    Raises: IntegrityError when the artifact does not hold the checkpoint's tensors.
+    Raises: IntegrityError when the artifact does not hold the checkpoint's tensors; ResourceError for a full disk.
     """
     if layers is None and twin.is_its_own_twin(case.file):
         return Twins(case.artifact, case.model.checkpoint.folder, None)
     restored = restore(case.file, case.model, case.entries)
     folder = case.scratch / "twin"
-    folder.mkdir()
-    twin.write_gguf_twin(case.file, folder / "twin.gguf", layers)
-    twin.write_checkpoint_twin(restored, case.model, folder / "checkpoint", layers)
+    try:
+        folder.mkdir()
+        twin.write_gguf_twin(case.file, folder / "twin.gguf", layers)
+        twin.write_checkpoint_twin(restored, case.model, folder / "checkpoint", layers)
+    except OSError as error:
+        raise disk_error(error, folder) from error
     return Twins(folder / "twin.gguf", folder / "checkpoint", layers)
 
 

@@ -278,6 +278,21 @@ def test_a_wrong_tokenizer_setting_is_caught(*, changes, caught, artifacts, case
     assert caught in failed(check_text(case_of(bad, reference, llama_cpp)))
 
 
+def test_a_second_end_token_that_the_file_does_not_know_is_caught(
+    *, checkpoint_of, artifacts, export, case_of, tmp_path, llama_cpp
+):
+    folder = tmp_path / "two-ends"
+    shutil.copytree(checkpoint_of("tiny-qwen3"), folder)
+    path = folder / "generation_config.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [2, 7]}))
+    bad = only(check_text(case_of(artifacts("tiny-qwen3", "Q8_0")[0], folder, llama_cpp)), "tokens.ends")
+    assert bad.passed is False
+    assert "token 7 does not end generation" in bad.detail
+    sound = export(folder, "Q8_0", tmp_path / "sound.gguf")
+    assert only(check_text(case_of(sound, folder, llama_cpp)), "tokens.ends").passed
+
+
 def test_two_exchanged_tokens_are_caught(artifacts, case_of, rewrite, tmp_path, llama_cpp):
     artifact, reference = artifacts("tiny-qwen3", "Q8_0")
     tokens = list(read_gguf(artifact).metadata["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
