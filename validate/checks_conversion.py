@@ -147,7 +147,7 @@ def _judge(case: Case, twins: Twins, reference: Reference) -> Iterator[Check]:
     yield at_most("conversion.logits", found.max_logit_difference, floor.logits, "logits", floor.origin, detail=detail)
     if floor is GELU_TABLE:
         found = trial.run(sequences[:1], whole, table=True)
-        detail = f"{found.positions} positions against transformers with the same table, which is the whole cause"
+        detail = f"{found.positions} positions against transformers with such a table: the cause; the rest is rounding"
         yield at_most("conversion.gelu_table", found.kl_mean, EXACT.kl, "nats", EXACT.origin, detail=detail)
     found = trial.run(sequences[:1], whole[len(whole) // 2 :], cached=True)
     detail = f"{found.positions} positions fed one at a time through the KV cache{twins.note}"

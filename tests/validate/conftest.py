@@ -12,7 +12,7 @@ import pytest
 from llmx.exporters.gguf import GgufOptions, prepare, write
 from llmx.exporters.gguf_metadata import DIGESTS_KEY
 from llmx.exporters.gguf_types import file_type
-from llmx.formats.gguf import GgufFile, TensorInfo, Value, array, layout, read_gguf
+from llmx.formats.gguf import GgufFile, TensorInfo, Value, array, layout, read_gguf, read_gguf_set
 from llmx.models.model import open_model
 from llmx.models.tokenizer import open_tokenizer
 from llmx.validate.case import Case, Limits, Settings
@@ -70,7 +70,7 @@ def case_of(tmp_path: Path) -> Callable[..., Case]:
         scratch.mkdir(exist_ok=True)
         fields = {
             "artifact": artifact,
-            "file": read_gguf(artifact),
+            "file": read_gguf_set(artifact),
             "model": open_model(model),
             "tokens": Tokens(model),
             "runtime": runtime,

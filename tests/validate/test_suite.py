@@ -7,9 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmx.errors import UsageError
+from llmx.exporters.gguf import GgufOptions, prepare, write
+from llmx.exporters.gguf_types import file_type
 from llmx.formats.gguf import GgufTensor
+from llmx.models.model import open_model
+from llmx.models.tokenizer import open_tokenizer
 from llmx.validate.case import SHORTEST_CHUNK, Settings, chunks
-from llmx.validate.checks_bytes import RMS_LIMITS, named
+from llmx.validate.checks_bytes import RMS_LIMITS, check_bytes, named
 from llmx.validate.checks_conversion import check_conversion
 from llmx.validate.checks_quality import KL_LIMITS, check_quality, default_kl_limit
 from llmx.validate.oracle import Tokens
@@ -75,3 +79,15 @@ def test_long_lists_of_offenders_are_cut():
     assert named([]) == ""
     assert named(["a", "b"]) == "a, b"
     assert named([str(i) for i in range(20)]).endswith("7 and 12 more")
+
+
+def test_a_split_set_is_validated_as_one_artifact(checkpoint_of, case_of, llama_cpp, tmp_path):
+    model = checkpoint_of("tiny-qwen3")
+    options = GgufOptions(file_type("Q4_K_M"), split_max_bytes=700_000, threads=1)
+    export = prepare(open_model(model), open_tokenizer(model), options)
+    files = [tmp_path / file.name for file in export.plan.files]
+    assert len(files) == 3
+    write(export, files)
+    case = case_of(files[0], model, llama_cpp)
+    checks = [*check_bytes(case), *check_conversion(case), *check_quality(case)]
+    assert all(check.passed for check in checks), checks
