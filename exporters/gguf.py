@@ -235,9 +235,9 @@ def write(export: GgufExport, targets: Sequence[Path]) -> tuple[str, ...]:
         pool = stack.enter_context(ThreadPoolExecutor(export.options.threads))
         current = -1
         for index, data in _encoded(export, pool):
+            number, offset = places[export.entries[index].name]
             if index != current:
                 current = index
-                number, offset = places[export.entries[index].name]
                 streams[number].seek(offset)
             streams[number].write(data.data)
             digests[index].update(data.data)
