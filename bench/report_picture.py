@@ -1,6 +1,6 @@
 """Draw docs/report.svg, the README's picture, from a real export of the embedded checkpoint.
 
-    python bench/report_picture.py
+python bench/report_picture.py
 """
 
 from __future__ import annotations

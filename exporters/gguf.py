@@ -21,6 +21,7 @@ from llmx.errors import IntegrityError
 from llmx.exporters.gguf_families import GgufFamily, gguf_family
 from llmx.exporters.gguf_metadata import (
     DIGESTS_KEY,
+    WRITTEN_TYPE_KEY,
     architecture_metadata,
     general_metadata,
     name_of,
@@ -31,7 +32,7 @@ from llmx.exporters.gguf_types import FileType, Situation, TensorTypeOverride, t
 from llmx.exporters.gguf_vocab import limits, model_name, vocabulary, vocabulary_rows
 from llmx.exporters.plan import Plan, PlannedFile, Step
 from llmx.formats.ggml_blocks import row_bytes
-from llmx.formats.gguf import Layout, TensorInfo, Value, array, layout, shard_metadata, shard_name, split, text
+from llmx.formats.gguf import Layout, TensorInfo, Value, array, layout, shard_metadata, shard_name, split, text, u32
 from llmx.models.architecture import Architecture
 from llmx.models.model import check_finite
 from llmx.progress import track
@@ -92,6 +93,7 @@ def prepare(model: Model, tokenizer: Tokenizer, options: GgufOptions) -> GgufExp
         | vocabulary(tokenizer, rows)
     )
     metadata["general.name"] = text(model_name(tokenizer, name.full.replace("-", " ")))
+    metadata[WRITTEN_TYPE_KEY] = u32(options.file_type.id)
     metadata[DIGESTS_KEY] = array("u64", [0] * len(steps))
     infos = [TensorInfo(step.name, step.type_name, step.shape) for step in steps]
     shards = [infos] if options.split_max_bytes is None else split(infos, options.split_max_bytes)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 QUANTIZATION_VERSION = 2
 DIGESTS_KEY = "llmx.tensor_digests"
+# general.file_type once more: a program that requantizes the file changes that one and copies ours, digests and all.
+WRITTEN_TYPE_KEY = "llmx.file_type"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from llmx.formats.gguf import GgufFile
     from llmx.models.model import Model
 
+# Weights decoded at a time: the decoder's integer arrays stay in the cache.
+_DECODED_WEIGHTS = 1 << 19
 Floats = npt.NDArray[np.float32]
 Places = dict[tuple[int | None, Role, str], TensorSpec]  # by layer, role and part
 
@@ -168,8 +170,14 @@ def _deinterleave(rows: np.ndarray, head: int) -> np.ndarray:
 def decoded_rows(file: GgufFile, name: str, start: int, stop: int) -> Floats:
     """f32[stop - start, columns]: rows of a stored tensor, decoded."""
     tensor = file.tensors[name]
-    width = row_bytes(tensor.type_name, tensor.shape[-1])
-    return decode(tensor.type_name, file.bytes(name).reshape(-1, width)[start:stop])
+    columns = tensor.shape[-1]
+    stored = file.bytes(name).reshape(-1, row_bytes(tensor.type_name, columns))
+    decoded = np.empty((stop - start, columns), np.float32)
+    step = max(1, _DECODED_WEIGHTS // columns)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        decoded[first - start : last - start] = decode(tensor.type_name, stored[first:last])
+    return decoded
 
 
 def restore(file: GgufFile, model: Model, layout: tuple[Entry, ...]) -> dict[str, Callable[[], Floats]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmx.errors import CheckFailed, RuntimeMissing, UnsupportedError, UsageError
+from llmx.errors import CheckFailed, ResourceError, RuntimeMissing, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from llmx.exporters.gguf import GgufExport
@@ -92,6 +92,7 @@ def export(request: ExportRequest) -> ExportResult:
     artifact.check_targets(targets, model.checkpoint.files, request.force)
     if request.validate:
         _require_runtime()
+        _require_memory(exporter)
     artifact.make_folder(targets[0].parent)
     artifact.check_room(targets[0].parent, exporter.plan.nbytes)
     gguf.check_weights(exporter)
@@ -335,6 +336,18 @@ def _require_runtime() -> None:
         raise RuntimeMissing(
             f"the runtime {RUNTIME_OF_FORMAT['gguf']} cannot run here: {reason}",
             fix="pip install 'llmx[llamacpp]', or export unproven with --no-validate",
+        )
+
+
+def _require_memory(exporter: GgufExport) -> None:
+    """The proof runs transformers in float32: refuse before the export what cannot be proven after it."""
+    import psutil
+
+    needed, available = 4 * exporter.plan.parameters, psutil.virtual_memory().available
+    if needed > available:
+        raise ResourceError(
+            f"validation holds a float32 reference: {needed / 1e9:,.1f} GB, and {available / 1e9:,.1f} GB are free",
+            fix="export with --no-validate, and run `llmx validate` on a larger machine",
         )
 
 
