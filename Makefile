@@ -1,24 +1,26 @@
 # Two commands for people: `make demo` and `make test`. Each makes its own environment from the pinned constraints.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTABLE := $(VENV)/.testable
+INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test test-slow test-network lint clean
 
 demo: $(READY)
 	$(BIN)/llmx export examples/tiny-qwen3 --format gguf --bits 4 -o demo-output --force
 
-test: $(READY)
+test: $(TESTABLE)
 	$(BIN)/pytest
 
-test-slow: $(READY)
+test-slow: $(TESTABLE)
 	$(BIN)/pytest -m slow
 
-test-network: $(READY)
+test-network: $(TESTABLE)
 	$(BIN)/pytest -m network
 
-lint: $(READY)
+lint: $(TESTABLE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -27,9 +29,13 @@ lint: $(READY)
 # torch is installed first and by itself: asked for by another package, its CUDA build would come.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[llamacpp,dev]'
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[llamacpp]'
 	touch $(READY)
+
+$(TESTABLE): $(READY)
+	$(INSTALL) --editable '.[llamacpp,dev]'
+	touch $(TESTABLE)
 
 clean:
 	rm -rf $(VENV) build demo-output *.egg-info

@@ -27,7 +27,7 @@ from llmx.exporters.gguf_metadata import (
     name_of,
     runtime_notes,
 )
-from llmx.exporters.gguf_tensors import Entry, entries, passes_through, read_rows
+from llmx.exporters.gguf_tensors import Entry, entries, passes_through, read_rows, release_rows
 from llmx.exporters.gguf_types import FileType, Situation, TensorTypeOverride, tensor_type
 from llmx.exporters.gguf_vocab import limits, model_name, vocabulary, vocabulary_rows
 from llmx.exporters.plan import Plan, PlannedFile, Step
@@ -203,6 +203,7 @@ def check_weights(export: GgufExport) -> None:
             name, type_name = job
             weight = model.weight(name)
             found = check_finite(weight)
+            weight.release()
             progress.advance(weight.nbytes)
             if found.first_bad is not None:
                 return f"{name}: the value at {divmod(found.first_bad, weight.cols)} is NaN or infinite"
@@ -239,6 +240,8 @@ def write(export: GgufExport, targets: Sequence[Path]) -> tuple[str, ...]:
         for index, data in _encoded(export, pool):
             number, offset = places[export.entries[index].name]
             if index != current:
+                # Threads that read side by side leave a page here and there: now the last tensor's all go back.
+                release_rows(export.model, export.entries[current], 0, export.entries[current].rows)
                 current = index
                 streams[number].seek(offset)
             streams[number].write(data.data)
@@ -264,27 +267,19 @@ def _encoded(export: GgufExport, pool: Executor) -> Iterator[tuple[int, npt.NDAr
         for start, stop in _chunks(entry):
             waiting.append((index, pool.submit(_encode_rows, export, entry, step.type_name, start, stop)))
             if len(waiting) > ahead:
-                yield _next(export, waiting)
-    while waiting:
-        yield _next(export, waiting)
-
-
-def _next(
-    export: GgufExport, waiting: deque[tuple[int, Future[npt.NDArray[np.uint8]]]]
-) -> tuple[int, npt.NDArray[np.uint8]]:
-    index, future = waiting.popleft()
-    data = future.result()
-    if not waiting or waiting[0][0] != index:
-        # The tensor is done: its pages go back to the system.
-        for piece in export.entries[index].pieces:
-            export.model.weight(piece.spec.name).release()
-    return index, data
+                index_done, chunk = waiting.popleft()
+                yield index_done, chunk.result()
+    for index_done, chunk in waiting:
+        yield index_done, chunk.result()
 
 
 def _encode_rows(export: GgufExport, entry: Entry, type_name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
-    """u8[stop - start, row bytes]: one chunk, as the file holds it."""
-    if passes_through(export.model, entry, type_name):
-        return np.ascontiguousarray(read_rows(export.model, entry, start, stop, raw=True)).view(np.uint8)
+    """u8[stop - start, row bytes]: one chunk, as the file holds it. Its pages go back to the system at once."""
+    raw = passes_through(export.model, entry, type_name)
+    rows = read_rows(export.model, entry, start, stop, raw=raw)
+    release_rows(export.model, entry, start, stop)
+    if raw:
+        return np.ascontiguousarray(rows).view(np.uint8)
     importance = export.importance.get(entry.name)
     own = None if importance is None else importance[start // entry.rows_per_expert]
-    return encode(type_name, read_rows(export.model, entry, start, stop), own)
+    return encode(type_name, rows, own)

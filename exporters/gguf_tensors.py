@@ -124,17 +124,29 @@ def read_rows(model: Model, entry: Entry, start: int, stop: int, *, raw: bool = 
     """
     if entry.constant is not None:
         return entry.constant.reshape(1, -1)[start:stop]
+    parts = [_transformed(model, piece, low, high, raw) for piece, low, high in _spans(model, entry, start, stop)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1 if len(entry.shape) == 1 else 0)
+
+
+def release_rows(model: Model, entry: Entry, start: int, stop: int) -> None:
+    """Hand the pages of these rows back to the system."""
+    for piece, low, high in _spans(model, entry, start, stop):
+        first, last = _rows_needed(model, piece, low, high)
+        model.weight(piece.spec.name).release(first, last)
+
+
+def _spans(model: Model, entry: Entry, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
+    """The pieces' own rows that make up rows start to stop. Vectors are one row each, side by side."""
     if len(entry.shape) == 1:
-        parts = [_transformed(model, piece, 0, 1, raw) for piece in entry.pieces]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-    parts, first = [], 0
+        yield from ((piece, 0, 1) for piece in entry.pieces)
+        return
+    first = 0
     for piece in entry.pieces:
         rows = model.weight(piece.spec.name).rows
         low, high = max(start - first, 0), min(stop - first, rows)
         if low < high:
-            parts.append(_transformed(model, piece, low, high, raw))
+            yield piece, low, high
         first += rows
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def passes_through(model: Model, entry: Entry, type_name: str) -> bool:
@@ -154,8 +166,16 @@ def _transformed(model: Model, piece: Piece, start: int, stop: int, raw: bool) -
     head = model.architecture.head_dim
     if len(piece.spec.shape) == 1:
         return _interleave(read(0, 1).reshape(-1, 1), head).reshape(1, -1)
-    first, last = start // head * head, -(-stop // head) * head
+    first, last = _rows_needed(model, piece, start, stop)
     return _interleave(read(first, last), head)[start - first : stop - first]
+
+
+def _rows_needed(model: Model, piece: Piece, start: int, stop: int) -> tuple[int, int]:
+    """The rows that have to be read for rows start to stop: whole heads where rows move within a head."""
+    if not piece.transform.startswith("rope") or len(piece.spec.shape) == 1:
+        return start, stop
+    head = model.architecture.head_dim
+    return start // head * head, -(-stop // head) * head
 
 
 def _interleave(rows: np.ndarray, head: int) -> np.ndarray:

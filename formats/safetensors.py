@@ -29,6 +29,9 @@ from llmx.formats.json_text import parse_object
 HEADER_LIMIT = 100_000_000  # bytes; the reference reader's own limit
 DIMENSION_LIMIT = 16
 LISTED_PROBLEMS = 100
+# Linux maps the pages around a touched one too, 64 KiB at a time. What is handed back reaches as far to both sides:
+# without that, 300 MB stayed behind after reading 9 GB in pieces.
+FAULT_AROUND = 1 << 16
 
 # Bits an element. Four- and six-bit elements are packed, so a tensor of them must fill whole bytes.
 BITS: dict[str, int] = {
@@ -94,10 +97,10 @@ class SafetensorsFile:
             return
         tensor = self.tensors[name]
         stop = tensor.nbytes if stop is None else stop
-        begin = (tensor.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
-        length = tensor.offset + stop - begin
+        begin = max(0, (tensor.offset + start) // FAULT_AROUND - 1) * FAULT_AROUND
+        end = min(len(self._map), tensor.offset + stop + FAULT_AROUND)
         if stop > start:
-            self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def open_safetensors(path: str | Path) -> SafetensorsFile:
