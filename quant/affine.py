@@ -5,8 +5,6 @@ For given codes the scale and minimum of least Σw(x − scale · q + minimum)²
 and improves it (Lloyd's step). `search` is shared with the k-quants.
 """
 
-# ruff: noqa: PLR0917 - compiled kernels are called by position
-
 from __future__ import annotations
 
 import numpy as np

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
+from numba import njit
+from numba.core import config
+
+_numba: Any = config  # its settings are made at run time, out of a type checker's sight
 
 
 def _stamp() -> str:
@@ -22,7 +25,7 @@ def _stamp() -> str:
 
 
 def _folder() -> str:
-    base = numba.config.CACHE_DIR or os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    base = _numba.CACHE_DIR or os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return str(Path(base).expanduser() / "llmx" / f"kernels-{_stamp()}")
 
 
@@ -34,9 +37,9 @@ def compiled(kernel: Callable[..., Any]) -> Any:
 
     Division by zero gives infinity, as in C. No fast-math: the results must not depend on the machine.
     """
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = _FOLDER  # read by numba when the decorator runs, and only then
+    before = _numba.CACHE_DIR
+    _numba.CACHE_DIR = _FOLDER  # read by numba when the decorator runs, and only then
     try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(kernel)
+        return njit(cache=True, nogil=True, error_model="numpy")(kernel)
     finally:
-        numba.config.CACHE_DIR = before
+        _numba.CACHE_DIR = before

@@ -5,8 +5,6 @@ together by ±1 with the true error, codes redone, of each of the nine moves; d 
 two linear equations, and kept where the true error falls. So the rounding of all four is inside the search.
 """
 
-# ruff: noqa: PLR0917 - compiled kernels are called by position
-
 from __future__ import annotations
 
 import numpy as np

@@ -5,8 +5,6 @@ needs no horizontal reduction and no licence to reorder floats. All is float32 i
 same on every machine and however the rows are cut into chunks. Lanes past the last sub-block hold zeros.
 """
 
-# ruff: noqa: PLR0917 - compiled kernels are called by position
-
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -62,7 +60,7 @@ def reciprocal(value):
 def load(values, importance, first, count, group, spread, work):
     """Fill work with `count` sub-blocks of values (f32[weights], rows one after another) from number `first` on.
 
-    w = importance · √(spread + (x/σ)²), σ the root mean square of the `group` weights around. importance: f32[cols],
+    w = importance · (spread + (x/σ)²), σ the root mean square of the `group` weights around. importance: f32[cols],
     or empty for ones.
     """
     x, w, energy = work.x, work.w, work.inverse
@@ -103,7 +101,7 @@ def _weigh(x, w, energy, spread, total):
     for i in range(x.shape[0]):
         for lane in range(LANES):
             value = x[i, lane]
-            weight = w[i, lane] * np.sqrt(spread + value * value * energy[lane])
+            weight = w[i, lane] * (spread + value * value * energy[lane])
             w[i, lane] = weight
             total[0, lane] += weight
             total[1, lane] += weight * value

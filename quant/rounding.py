@@ -1,7 +1,5 @@
 """From weights and chosen scales to codes: the nearest level of every weight, element by element, in numba."""
 
-# ruff: noqa: PLR0917 - compiled kernels are called by position
-
 from __future__ import annotations
 
 import numpy as np

@@ -4,8 +4,6 @@ For given levels q the best scale is Σwqx / Σwq² and takes Σwx² down by (Σ
 both scores a candidate and improves it. Levels are uneven where low = high = 0 (IQ4), else the integers low … high.
 """
 
-# ruff: noqa: PLR0917 - compiled kernels are called by position
-
 from __future__ import annotations
 
 import numpy as np
