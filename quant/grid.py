@@ -218,7 +218,7 @@ _ROWS: tuple[Grid, ...] = (
     AffineGrid("Q5_1", 32, 31, Search(_AFFINE, spread=3, spread_importance=3)),
     SymmetricGrid("Q3_K", 16, -4, 3, Search(_EIGHT, spread=1, spread_importance=3), (-32, 31)),
     SymmetricGrid("Q6_K", 16, -32, 31, Search(_SIXTY_FOUR, spread=0.3, spread_importance=0.3), (-128, 127)),
-    SymmetricGrid("Q4_0", 32, -8, 7, Search(_SIXTEEN, spread=3, spread_importance=0.1)),
+    SymmetricGrid("Q4_0", 32, -8, 7, Search(_SIXTEEN, spread=3, spread_importance=0.3)),
     SymmetricGrid("Q5_0", 32, -16, 15, Search(_THIRTY_TWO, spread=3, spread_importance=0.3)),
     # -128 is left out: runtimes multiply by the sign of a code, and 8 bits do not hold +128.
     SymmetricGrid("Q8_0", 32, -127, 127, Search((127.0, 126.5, 126.0), lloyd=1, spread=10, spread_importance=10)),
