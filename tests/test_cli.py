@@ -123,7 +123,7 @@ def test_every_command_has_help_with_an_example_and_stands_in_the_readme() -> No
     readme = (ROOT / "README.md").read_text()
     for name in commands.commands:
         shown = llmx(name, "--help").stdout
-        assert re.search(rf"Examples?:\n\s+llmx {name} ", shown), name
+        assert re.search(rf"Examples?:\n\s+llmx {name}\b", shown), name
         assert f"llmx {name}" in readme, name
 
 

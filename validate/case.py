@@ -19,6 +19,8 @@ from llmx.validate.runtimes import Runtime
 SHORTEST_CHUNK = 8  # tokens
 CHARACTERS_PER_TOKEN = 40  # more than any tokenizer reaches over a page of text
 
+PARALLEL_PARAMETERS = 20_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -70,6 +72,15 @@ class Case:
         """Tokens of a chunk: never more than the model's context, or than a short text has."""
         have = len(self.leading) + len(self.ids)
         return max(SHORTEST_CHUNK, min(self.settings.chunk, self.model.architecture.context_length, have))
+
+    @property
+    def threads(self) -> int:
+        """Threads for comparing: one for a small model, whose threads would only wait for each other.
+
+        On a busy machine, two threads that spin at every barrier took tiny models from 5 s to 100 s.
+        """
+        parameters = sum(prod(spec.shape) for spec in self.model.architecture.tensors)
+        return self.settings.threads if parameters >= PARALLEL_PARAMETERS else 1
 
     @property
     def too_short(self) -> str:

@@ -65,7 +65,7 @@ def check_conversion(case: Case) -> Iterator[Check]:
         yield from (not_run(name, error.what) for name in NAMES)
         return
     try:
-        with closing(Reference(twins.reference, case.settings.threads)) as reference:
+        with closing(Reference(twins.reference, case.threads)) as reference:
             yield from _judge(case, twins, reference)
     finally:
         shutil.rmtree(case.scratch / "twin", ignore_errors=True)
@@ -124,7 +124,7 @@ class _Trial:
         found, context = Comparison(), len(sequences[0])
         with (
             self.case.runtime.open(
-                self.twins.artifact, threads=self.case.settings.threads, context=context, exact=True
+                self.twins.artifact, threads=self.case.threads, context=context, exact=True
             ) as session,
             self.reference.gelu_table() if table else contextlib.nullcontext(),
         ):

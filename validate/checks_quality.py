@@ -60,8 +60,8 @@ def check_quality(case: Case) -> Iterator[Check]:
         return
     prefill, decode = Comparison(), Comparison()
     with (
-        closing(Reference(case.model.checkpoint.folder, case.settings.threads)) as reference,
-        case.runtime.open(case.artifact, threads=case.settings.threads, context=length) as session,
+        closing(Reference(case.model.checkpoint.folder, case.threads)) as reference,
+        case.runtime.open(case.artifact, threads=case.threads, context=length) as session,
     ):
         second_half = range(length // 2, length - 1)
         for tokens in sequences:
