@@ -91,16 +91,20 @@ def random_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((TOKENIZER / name).read_bytes())
     random = np.random.default_rng(0)
-    shapes = {name: spec for spec in describe(config).tensors for name in spec.source.names}
+    architecture = describe(config)
+    shapes = {name: spec for spec in architecture.tensors for name in spec.source.names}
     tensors = []
     for name, spec in shapes.items():
         shape = list(spec.shape[1:] if len(spec.source.names) > 1 else spec.shape)
         if spec.source.rows is not None:
-            users = [s for s in describe(config).tensors if name in s.source.names]
+            users = [s for s in architecture.tensors if name in s.source.names]
             shape[0] = max(s.source.rows[1] for s in users if s.source.rows)
         shape = shape[::-1] if spec.source.transpose else shape
-        values = (random.standard_normal(shape).astype(np.float32) * 0.05).view(np.uint32) >> 16
-        tensors.append((name, "BF16", shape, [values.astype(np.uint16).tobytes()]))
+        values = random.standard_normal(shape).astype(np.float32) * np.float32(0.05)
+        if spec.role.endswith("norm") and spec.part == "weight":
+            values += 1 - architecture.norm_offset
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        tensors.append((name, "BF16", shape, [bits.tobytes()]))
     write_safetensors(folder / "model.safetensors", tensors)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llmx.errors import UnsupportedError
-from llmx.models.architecture import Architecture, Role
+from llmx.models.architecture import Architecture, Role, Rope
 
 # none: rows as they are. rope_q, rope_k: rows of each head permuted for llama.cpp's interleaved rotation.
 # gain: the norm's offset is added, because llama.cpp multiplies by the stored gain alone.
@@ -150,6 +150,11 @@ FAMILIES: Mapping[str, GgufFamily] = {
 }
 
 
+def is_stock_yarn(rope: Rope) -> bool:
+    """Whether this YaRN has the correction range that llama.cpp's graphs compute themselves (they read no other)."""
+    return rope.beta_fast in (None, 32.0) and rope.beta_slow in (None, 1.0) and rope.truncate
+
+
 def gguf_family(architecture: Architecture) -> GgufFamily:
     """The row of this architecture, after making sure that llama.cpp computes what the checkpoint means.
 
@@ -181,6 +186,8 @@ def _what_the_runtime_cannot_do(a: Architecture, family: GgufFamily) -> list[str
     for rope in filter(None, (a.rope, a.local_rope)):
         if rope.kind not in family.rope_kinds:
             problems.append(f"rope scaling {rope.kind!r}; the graph has {', '.join(sorted(family.rope_kinds))}")
+        if rope.kind == "yarn" and not is_stock_yarn(rope) and "llama3" not in family.rope_kinds:
+            problems.append("YaRN with beta_fast, beta_slow or truncate of its own; the graph has 32, 1 and true")
         if rope.dim != a.head_dim and not family.partial_rotation:
             problems.append(f"rotation of {rope.dim} of {a.head_dim} elements a head; the graph rotates all")
     if a.local_rope is not None and a.local_rope.kind != "default":

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from llmx.errors import UnsupportedError
-from llmx.exporters.gguf_families import GgufFamily
+from llmx.exporters.gguf_families import GgufFamily, is_stock_yarn
 from llmx.formats.gguf import Value, array, f32, flag, i32, text, u32
 from llmx.models.architecture import Architecture, Rope
 from llmx.models.rope import inverse_frequencies
@@ -161,8 +160,8 @@ def _linear(rope: Rope) -> dict[str, Value]:
 
 
 def _yarn(rope: Rope) -> dict[str, Value]:
-    if not rope.truncate:
-        raise UnsupportedError("llama.cpp rounds YaRN's correction range; this checkpoint sets truncate=false")
+    if not is_stock_yarn(rope):
+        return {"scaling.attn_factor": f32(rope.attention_factor or 1.0)}  # rope_freqs carries the rest
     # llama.cpp multiplies cos and sin by 1 + 0.1 ln(factor) itself; the key carries what differs from that.
     built_in = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
     values = {
@@ -173,10 +172,6 @@ def _yarn(rope: Rope) -> dict[str, Value]:
     }
     if not math.isclose(relative := (rope.attention_factor or 1.0) / built_in, 1.0, rel_tol=1e-7):
         values["scaling.attn_factor"] = f32(relative)
-    if rope.beta_fast is not None:
-        values["scaling.yarn_beta_fast"] = f32(rope.beta_fast)
-    if rope.beta_slow is not None:
-        values["scaling.yarn_beta_slow"] = f32(rope.beta_slow)
     return values
 
 
@@ -203,7 +198,7 @@ def rope_tensors(rope: Rope | None) -> dict[str, npt.NDArray[np.float32]]:
     """The tensors that carry a rope scaling: divisors of the frequencies, f32[dim / 2] each."""
     if rope is None:
         return {}
-    if rope.kind == "llama3":
+    if rope.kind == "llama3" or (rope.kind == "yarn" and not is_stock_yarn(rope)):
         context = rope.original_context or 0
         plain = inverse_frequencies(replace(rope, kind="default"), context)
         return {"rope_freqs.weight": (plain / inverse_frequencies(rope, context)).astype(np.float32)}
