@@ -226,19 +226,22 @@ def validate(
     """
     from llmx.exporters import artifact as files
     from llmx.models.model import Model, open_model
+    from llmx.progress import stages
     from llmx.validate.case import Settings
     from llmx.validate.suite import validate as run_checks
 
     if not artifact.is_file():
         raise UsageError("there is no such artifact", where=artifact, fix="give a .gguf file")
-    report = run_checks(
-        artifact,
-        reference if isinstance(reference, Model) else open_model(reference, revision),
-        runtime=RUNTIME_OF_FORMAT["gguf"],
-        text=None if text is None else _read_text(text),
-        limits=limits,
-        settings=Settings(threads=threads or available_cores()),
-    )
+    with stages("validating") as stage:
+        report = run_checks(
+            artifact,
+            reference if isinstance(reference, Model) else open_model(reference, revision),
+            runtime=RUNTIME_OF_FORMAT["gguf"],
+            text=None if text is None else _read_text(text),
+            limits=limits,
+            settings=Settings(threads=threads or available_cores()),
+            progress=stage,
+        )
     report = replace(report, facts={**report.facts, **(facts or {})})
     if output is not None:
         files.make_folder(output)

@@ -7,6 +7,7 @@ Exit codes: 0 passed, 1 internal, 2 usage, 3 unsupported, 4 a check failed, 5 no
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +205,8 @@ def _print_json(value: dict[str, Any]) -> None:
 
 def main() -> None:
     """The `llmx` command."""
+    # Asked to stop, it unwinds as for Ctrl-C, so that nothing half-written stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(commands.main(standalone_mode=False))
     except click.ClickException as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -71,6 +73,19 @@ class Progress:
         bar = Bar(label, *columns, console=Console(file=self._stream), transient=True)
         bar.start()
         return bar, bar.add_task(self.label, total=self.total_bytes)
+
+
+@contextlib.contextmanager
+def stages(label: str, *, stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
+    """Yields a function that is told the name of each stage as it begins, and shows it where someone is watching."""
+    shown = sys.stderr if stream is None else stream
+    if not shown.isatty():
+        yield lambda stage: None
+        return
+    from rich.console import Console
+
+    with Console(file=shown).status(label) as status:
+        yield lambda stage: status.update(f"{label}: {stage}")
 
 
 def track(total_bytes: int, label: str, *, enabled: bool = True) -> Progress:

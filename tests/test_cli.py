@@ -138,3 +138,17 @@ def test_a_missing_runtime_exits_7_before_anything_is_written(tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 7, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_asked_to_stop_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    import time
+
+    command = [sys.executable, "-m", "llmx.cli", "export", str(EXAMPLE), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not any(tmp_path.glob("out/.*partial*/*.gguf")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.terminate()
+        process.wait(60)
+    assert process.returncode == 143
+    assert list((tmp_path / "out").iterdir()) == []

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llmx.progress import Progress, track
+from llmx.progress import Progress, stages, track
 
 
 class Terminal(io.StringIO):
@@ -69,3 +69,12 @@ def test_track_is_a_bar_on_stderr() -> None:
     with track(5, "Five", enabled=False) as progress:
         progress.advance(5)
     assert (progress.total_bytes, progress.label, progress.done_bytes) == (5, "Five", 5)
+
+
+def test_stages_are_named_on_a_terminal_and_nowhere_else() -> None:
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        with stages("validating", stream=stream) as stage:
+            stage("tokens")
+    assert "validating" in terminal.getvalue()
+    assert file.getvalue() == ""
