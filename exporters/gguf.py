@@ -19,12 +19,11 @@ import numpy.typing as npt
 
 from llmx.errors import IntegrityError
 from llmx.exporters.gguf_families import GgufFamily, gguf_family
+from llmx.exporters.gguf_general import identify
 from llmx.exporters.gguf_metadata import (
     DIGESTS_KEY,
     WRITTEN_TYPE_KEY,
     architecture_metadata,
-    general_metadata,
-    name_of,
     runtime_notes,
 )
 from llmx.exporters.gguf_tensors import Entry, entries, passes_through, read_rows, release_rows
@@ -86,26 +85,22 @@ def prepare(model: Model, tokenizer: Tokenizer, options: GgufOptions) -> GgufExp
     layout_entries = entries(architecture, family, rows)
     steps = tuple(planned_steps(architecture, family, layout_entries, options))
     importance = _importance(options.importance, layout_entries)
-    name = name_of(model)
-    metadata = (
-        architecture_metadata(architecture, family, rows)
-        | general_metadata(model, name, options.file_type.id)
-        | vocabulary(tokenizer, rows)
-    )
-    metadata["general.name"] = text(model_name(tokenizer, name.full.replace("-", " ")))
+    identity = identify(model, options.file_type.id)
+    metadata = architecture_metadata(architecture, family, rows) | identity.metadata | vocabulary(tokenizer, rows)
+    metadata["general.name"] = text(model_name(tokenizer, identity.full.replace("-", " ")))
     metadata[WRITTEN_TYPE_KEY] = u32(options.file_type.id)
     metadata[DIGESTS_KEY] = array("u64", [0] * len(steps))
     infos = [TensorInfo(step.name, step.type_name, step.shape) for step in steps]
     shards = [infos] if options.split_max_bytes is None else split(infos, options.split_max_bytes)
     layouts = _layouts(metadata, shards)
-    stem = name.file_stem(options.file_type.name)
+    stem = identity.file_stem(options.file_type.name)
     names = [f"{stem}.gguf"] if len(shards) == 1 else [shard_name(stem, i, len(shards)) for i in range(len(shards))]
     plan = Plan(
         format="gguf",
         type_name=options.file_type.name,
         steps=steps,
         files=tuple(PlannedFile(n, placed.size) for n, placed in zip(names, layouts, strict=True)),
-        notes=(*runtime_notes(architecture, family), *limits(tokenizer, rows)),
+        notes=(*runtime_notes(architecture, family), *limits(tokenizer, rows), *identity.notes),
         peak_memory_bytes=_BASE_MEMORY
         + _MEMORY_PER_WEIGHT * (2 * options.threads + 1) * _largest_chunk(layout_entries),
     )

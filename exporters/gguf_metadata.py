@@ -4,111 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from llmx.exporters.gguf_families import GgufFamily, is_stock_yarn
-from llmx.formats.gguf import Value, array, f32, flag, i32, text, u32
+from llmx.formats.gguf import Value, array, f32, flag, text, u32
 from llmx.models.architecture import Architecture, Rope
 from llmx.models.rope import inverse_frequencies
 
 if TYPE_CHECKING:
-    from llmx.models.model import Model
+    pass
 
-QUANTIZATION_VERSION = 2
 DIGESTS_KEY = "llmx.tensor_digests"
 # general.file_type once more: a program that requantizes the file changes that one and copies ours, digests and all.
 WRITTEN_TYPE_KEY = "llmx.file_type"
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """The parts of a model's name, as the field's file names spell them."""
-
-    full: str
-    organization: str | None
-    base: str | None
-    finetune: str | None
-    version: str | None
-    size: str
-
-    def file_stem(self, type_name: str) -> str:
-        """Base-Size-FineTune-Version-Type, without the suffix."""
-        from gguf.utility import naming_convention
-
-        base = self.base or self.full
-        # A base name that ends in its size already says it.
-        size = None if self.size.lower() in base.lower().split("-") else self.size
-        return naming_convention(self.full, base, self.finetune, self.version, size, type_name)
-
-
-def name_of(model: Model) -> Name:
-    """The parts of the checkpoint's name: its hub id, or its folder's name, and its parameter count."""
-    from gguf.metadata import Metadata
-    from gguf.utility import size_label
-
-    source = model.checkpoint.source.id
-    identity = source if source and not source.startswith((".", "/")) else model.checkpoint.folder.resolve().name
-    total, shared, per_expert = _parameters(model.architecture)
-    full, organization, base, finetune, version, size = Metadata.get_model_id_components(identity, total)
-    label = size or size_label(total, shared, per_expert, model.architecture.experts)
-    return Name(full or identity, organization, base, finetune, version, label)
-
-
-def _parameters(a: Architecture) -> tuple[int, int, int]:
-    """All parameters, those outside experts, and those of one expert."""
-    counts = {t.name: math.prod(t.shape) for t in a.tensors}
-    experts = sum(counts[t.name] for t in a.tensors if t.role.startswith("expert_"))
-    total = sum(counts.values())
-    return total, total - experts, experts // a.experts if a.experts else 0
-
-
-def general_metadata(model: Model, name: Name, file_type_id: int) -> dict[str, Value]:
-    """`general.*`: architecture excepted, which the architecture's own metadata carries."""
-    values: dict[str, Value] = {"general.type": text("model"), "general.name": text(name.full)}
-    optional = {
-        "general.organization": name.organization,
-        "general.basename": name.base,
-        "general.finetune": name.finetune,
-        "general.version": name.version,
-    }
-    values |= {key: text(value) for key, value in optional.items() if value}
-    values["general.size_label"] = text(name.size)
-    values |= _model_card(model) | _sampling(model.checkpoint.generation_config)
-    values["general.quantization_version"] = u32(QUANTIZATION_VERSION)
-    values["general.file_type"] = u32(file_type_id)
-    return values
-
-
-def _model_card(model: Model) -> dict[str, Value]:
-    from gguf.metadata import Metadata
-
-    card = Metadata.load_model_card(model.checkpoint.folder)
-    values: dict[str, Value] = {}
-    if isinstance(license_id := card.get("license"), str):
-        values["general.license"] = text(license_id)
-    for key, field in (("tags", "general.tags"), ("language", "general.languages")):
-        listed = card.get(key)
-        listed = [listed] if isinstance(listed, str) else listed
-        if isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed):
-            values[field] = array("str", listed)
-    return values
-
-
-_SAMPLING: Mapping[str, tuple[str, Callable[[float], Value]]] = {
-    "top_k": ("general.sampling.top_k", lambda v: i32(int(v))),
-    "top_p": ("general.sampling.top_p", f32),
-    "min_p": ("general.sampling.min_p", f32),
-    "temperature": ("general.sampling.temp", f32),
-}
-
-
-def _sampling(generation: Mapping[str, object]) -> dict[str, Value]:
-    found = {field: (make, generation.get(key)) for key, (field, make) in _SAMPLING.items()}
-    return {f: make(v) for f, (make, v) in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def architecture_metadata(a: Architecture, family: GgufFamily, vocabulary_rows: int) -> dict[str, Value]:

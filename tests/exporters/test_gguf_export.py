@@ -235,3 +235,23 @@ def test_a_tensor_may_get_a_type_of_its_own(tmp_path: Path) -> None:
     rows = file.bytes(name).reshape(file.tensors[name].shape[0], -1)
     expected = open_model(EXAMPLE).weight("layers.0.down.weight").read()
     assert np.abs(decode("Q8_0", rows) - expected).max() < 0.01 * np.abs(expected).max()
+
+
+def test_the_name_follows_the_fields_convention_and_the_model_card_travels(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(EXAMPLE, tmp_path / "Tiny-Qwen3-3M-Instruct-v1.2"))
+    (model / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a, b]\nbase_model: Qwen/Qwen3-0.6B\n---\n")
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "eos_token_id": 2}))
+    planned = api.plan(api.ExportRequest(str(model)))
+    assert planned.plan.files[0].name == "Tiny-Qwen3-3M-Instruct-v1.2-Q4_K_M.gguf"
+    told = {key: value.value for key, value in planned.metadata.items()}
+    assert told["general.finetune"] == "Instruct"
+    assert told["general.license"] == "apache-2.0"
+    assert told["general.tags"] == ("a", "b")
+    assert told["general.base_model.0.repo_url"].endswith("/Qwen/Qwen3-0.6B")  # type: ignore[union-attr]
+    assert told["general.sampling.temp"] == 0.7
+
+
+def test_a_model_card_that_cannot_be_read_is_said_in_the_plan(copy: Path) -> None:
+    (copy / "README.md").write_text("---\nlicense: [apache: }\n---\n")
+    notes = api.plan(api.ExportRequest(str(copy))).plan.notes
+    assert any("README.md" in note for note in notes)
