@@ -1,9 +1,11 @@
 """Wall time, CPU time and peak memory of exporting large random checkpoints of many shards.
 
-    python bench/large.py --sizes 1.1,4.4 --types Q4_K_M [--keep FOLDER] [--threads 2]
+    python bench/large.py --sizes 1.1,4.4 --types Q4_K_M [--keep FOLDER] [--threads 2] [--quantize llama-quantize]
 
 Memory must follow the largest tensor, not the model: the peaks of the sizes should agree. Each export is a process of
-its own, without validation; the figures are the operating system's own for that process.
+its own, without validation; the figures are the operating system's own for that process. With --quantize, stock
+llama-quantize then makes the same type from a BF16 GGUF file (its conversion from the checkpoint is not counted, ours
+is), and the ratio of the times is printed.
 """
 
 from __future__ import annotations
@@ -106,26 +108,51 @@ def export(folder: Path, type_name: str, threads: int, target: Path) -> dict[str
     }
 
 
+def stock(binary: Path, source: Path, type_name: str, threads: int, target: Path) -> dict[str, float]:
+    """The same type by stock llama-quantize, from a GGUF file: wall s, CPU s."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    command = [str(binary), str(source), str(target), type_name, str(threads)]
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall": time.monotonic() - started, "cpu": cpu}
+
+
+def _row(size: str, type_name: str, total: int, row: dict[str, float], theirs: dict[str, float] | None) -> str:
+    line = (
+        f"{size + ' B':>6} {type_name:8} {total / 1e6:8.0f} {row['written']:8.0f} {row['wall']:7.1f} "
+        f"{row['cpu']:7.1f} {row['peak']:8.0f}"
+    )
+    if theirs is None:
+        return f"{line}  not run"
+    wall, cpu = row["wall"] / theirs["wall"], row["cpu"] / theirs["cpu"]
+    return f"{line}  wall {wall:.2f} ({theirs['wall']:.1f} s), CPU {cpu:.2f} ({theirs['cpu']:.1f} s)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="1.1,4.4", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--types", default="Q4_K_M")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="make the checkpoints here and keep them")
+    parser.add_argument("--quantize", type=Path, help="stock llama-quantize")
     options = parser.parse_args()
-    print(f"{'size':>6} {'type':8} {'in MB':>8} {'out MB':>8} {'wall s':>7} {'CPU s':>7} {'peak MB':>8}")
+    header = f"{'size':>6} {'type':8} {'in MB':>8} {'out MB':>8} {'wall s':>7} {'CPU s':>7} {'peak MB':>8}"
+    print(f"{header}  ours / stock llama-quantize")
     with tempfile.TemporaryDirectory() as scratch:
         for size in options.sizes.split(","):
             folder = (options.keep or Path(scratch)) / f"random-{size}b"
             index = folder / "model.safetensors.index.json"
             total = json.loads(index.read_text())["metadata"]["total_size"] if index.exists() else make(size, folder)
+            source, target = Path(scratch) / "bf16.gguf", Path(scratch) / "out.gguf"
+            if options.quantize:
+                export(folder, "BF16", options.threads, source)
             for type_name in options.types.split(","):
-                row = export(folder, type_name, options.threads, Path(scratch) / "out.gguf")
-                print(
-                    f"{size + ' B':>6} {type_name:8} {total / 1e6:8.0f} {row['written']:8.0f} {row['wall']:7.1f} "
-                    f"{row['cpu']:7.1f} {row['peak']:8.0f}",
-                    flush=True,
-                )
+                ours = export(folder, type_name, options.threads, target)
+                theirs = None
+                if options.quantize:
+                    theirs = stock(options.quantize, source, type_name, options.threads, Path(scratch) / "stock.gguf")
+                print(_row(size, type_name, total, ours, theirs), flush=True)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 # Weights a worker reads and encodes at once. Fixed, so that the bytes do not depend on the number of threads.
 CHUNK_WEIGHTS = 1 << 20
 # Measured: the interpreter with numpy, numba and the compiled encoders; and a worker's arrays per weight of a chunk.
-_BASE_MEMORY = 220 << 20
-_MEMORY_PER_WEIGHT = 24
+_BASE_MEMORY = 120 << 20
+_MEMORY_PER_WEIGHT = 16
 
 
 @dataclass(frozen=True, slots=True)
