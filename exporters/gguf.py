@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ from llmx.exporters.gguf_metadata import (
     WRITTEN_TYPE_KEY,
     architecture_metadata,
     runtime_notes,
+    short_digest,
 )
 from llmx.exporters.gguf_tensors import Entry, entries, passes_through, read_rows, release_rows
 from llmx.exporters.gguf_types import FileType, Situation, TensorTypeOverride, tensor_type
@@ -71,6 +74,7 @@ class GgufExport:
     importance: dict[str, npt.NDArray[np.float32]]
     metadata: dict[str, Value]
     shards: tuple[tuple[TensorInfo, ...], ...]
+    layouts: tuple[Layout, ...]  # of the shards, with digests of zero
 
 
 def prepare(model: Model, tokenizer: Tokenizer, options: GgufOptions) -> GgufExport:
@@ -92,7 +96,7 @@ def prepare(model: Model, tokenizer: Tokenizer, options: GgufOptions) -> GgufExp
     metadata[DIGESTS_KEY] = array("u64", [0] * len(steps))
     infos = [TensorInfo(step.name, step.type_name, step.shape) for step in steps]
     shards = [infos] if options.split_max_bytes is None else split(infos, options.split_max_bytes)
-    layouts = _layouts(metadata, shards)
+    layouts = tuple(_layouts(metadata, shards))
     stem = identity.file_stem(options.file_type.name)
     names = [f"{stem}.gguf"] if len(shards) == 1 else [shard_name(stem, i, len(shards)) for i in range(len(shards))]
     plan = Plan(
@@ -104,7 +108,7 @@ def prepare(model: Model, tokenizer: Tokenizer, options: GgufOptions) -> GgufExp
         peak_memory_bytes=_BASE_MEMORY
         + _MEMORY_PER_WEIGHT * (2 * options.threads + 1) * _largest_chunk(layout_entries),
     )
-    return GgufExport(plan, model, options, layout_entries, importance, metadata, tuple(map(tuple, shards)))
+    return GgufExport(plan, model, options, layout_entries, importance, metadata, tuple(map(tuple, shards)), layouts)
 
 
 def _layouts(metadata: dict[str, Value], shards: Sequence[Sequence[TensorInfo]]) -> list[Layout]:
@@ -217,41 +221,34 @@ def write(export: GgufExport, targets: Sequence[Path]) -> tuple[str, ...]:
 
     The headers go in last, so that a file cut short by a crash is not a GGUF file at all.
     """
-    placed = _layouts(export.metadata, export.shards)
     places = {
         name: (number, placement.offset)
-        for number, shard in enumerate(placed)
+        for number, shard in enumerate(export.layouts)
         for name, placement in shard.placements.items()
     }
     digests = [hashlib.sha256() for _ in export.entries]
     total = sum(step.nbytes for step in export.plan.steps)
     with ExitStack() as stack:
         streams = [stack.enter_context(target.open("wb")) for target in targets]
-        for stream, shard in zip(streams, placed, strict=True):
+        for stream, shard in zip(streams, export.layouts, strict=True):
             stream.truncate(shard.size)
         progress = stack.enter_context(track(total, "writing"))
         pool = stack.enter_context(ThreadPoolExecutor(export.options.threads))
-        current = -1
-        for index, data in _encoded(export, pool):
-            number, offset = places[export.entries[index].name]
-            if index != current:
-                # Threads that read side by side leave a page here and there: now the last tensor's all go back.
-                release_rows(export.model, export.entries[current], 0, export.entries[current].rows)
-                current = index
-                streams[number].seek(offset)
-            streams[number].write(data.data)
-            digests[index].update(data.data)
-            progress.advance(data.nbytes)
-        metadata = export.metadata | {DIGESTS_KEY: array("u64", [_short(digest.digest()) for digest in digests])}
-        for stream, shard in zip(streams, _layouts(metadata, export.shards), strict=True):
+        for index, chunks in groupby(_encoded(export, pool), key=itemgetter(0)):
+            entry = export.entries[index]
+            number, offset = places[entry.name]
+            streams[number].seek(offset)
+            for _, data in chunks:
+                streams[number].write(data.data)
+                digests[index].update(data.data)
+                progress.advance(data.nbytes)
+            # Threads that read side by side leave a page here and there: now the tensor's all go back.
+            release_rows(export.model, entry, 0, entry.rows)
+        short = array("u64", [short_digest(digest.digest()) for digest in digests])
+        for stream, shard in zip(streams, _layouts(export.metadata | {DIGESTS_KEY: short}, export.shards), strict=True):
             stream.seek(0)
             stream.write(shard.header)
     return tuple(digest.hexdigest() for digest in digests)
-
-
-def _short(digest: bytes) -> int:
-    """The first eight bytes of a digest, as the metadata carries it."""
-    return int.from_bytes(digest[:8], "little")
 
 
 def _encoded(export: GgufExport, pool: Executor) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:

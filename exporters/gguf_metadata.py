@@ -23,6 +23,11 @@ DIGESTS_KEY = "llmx.tensor_digests"
 WRITTEN_TYPE_KEY = "llmx.file_type"
 
 
+def short_digest(digest: bytes) -> int:
+    """The first eight bytes of a SHA-256, little-endian, as DIGESTS_KEY holds them."""
+    return int.from_bytes(digest[:8], "little")
+
+
 def architecture_metadata(a: Architecture, family: GgufFamily, vocabulary_rows: int) -> dict[str, Value]:
     """`general.architecture` and `{arch}.*`, for llama.cpp's loader of this family."""
     arch = family.arch

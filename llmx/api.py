@@ -110,15 +110,7 @@ def export(request: ExportRequest) -> ExportResult:
             report = validate(
                 partial[0], model, text=request.text, limits=request.limits, threads=request.threads, facts=facts
             )
-        report_path = _report_path(targets[0])
-        content = _unproven(facts) if report is None else report.to_json()
-        if report is not None and not report.passed:
-            failed = [target.with_name(target.name + artifact.FAILED) for target in targets]
-            artifact.publish(partial, failed)
-            artifact.write_text(report_path, content)
-            raise _failure(report, failed[0], report_path)
-        artifact.publish(partial, targets)
-        artifact.write_text(report_path, content)
+        report_path = _publish(partial, targets, report, facts)
     return ExportResult(
         artifact=targets[0],
         nbytes=sum(file["bytes"] for file in files),
@@ -129,6 +121,23 @@ def export(request: ExportRequest) -> ExportResult:
         plan=exporter.plan.to_json(),
         validation=report,
     )
+
+
+def _publish(partial: list[Path], targets: list[Path], report: Report | None, facts: dict[str, object]) -> Path:
+    """Move the files to their final names, write the report beside them and return its path.
+
+    Raises: CheckFailed when the report did not pass; the files then have the names of failed ones.
+    """
+    from llmx.exporters import artifact
+
+    passed = report is None or report.passed
+    names = targets if passed else [target.with_name(target.name + artifact.FAILED) for target in targets]
+    report_path = _report_path(targets[0])
+    artifact.publish(partial, names)
+    artifact.write_text(report_path, _unproven(facts) if report is None else report.to_json())
+    if report is not None and not passed:
+        raise _failure(report, names[0], report_path)
+    return report_path
 
 
 def plan(request: ExportRequest) -> GgufExport:
@@ -407,8 +416,8 @@ def _report_path(artifact: Path) -> Path:
     return path if told == artifact.name else artifact.with_name(f"{artifact.name}.{REPORT_NAME}")
 
 
-def _failure(report: Report, artifact: Path, report_path: Path | None) -> CheckFailed:
+def _failure(report: Report, artifact: Path, report_path: Path) -> CheckFailed:
     problems = [f"{check.name}: {check.value} against {check.limit}: {check.detail}" for check in report.failed]
     problems += [f"{check.name}: not run: {check.detail}" for check in report.missing]
-    where = artifact if report_path is None else f"{artifact}, report {report_path}"
+    where = f"{artifact}, report {report_path}"
     return CheckFailed("the artifact did not pass", problems=problems, where=where)

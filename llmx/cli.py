@@ -88,10 +88,7 @@ def export(output: Path, validate: bool, force: bool, as_json: bool, **chosen: A
     from llmx import api, describe
 
     result = api.export(_request(output=output, validate=validate, force=force, **chosen))
-    if as_json:
-        _print_json(result.to_json())
-        return
-    click.echo(describe.export(result))
+    _answer(as_json, result.to_json(), lambda: describe.export(result))
 
 
 @commands.command(short_help="Rerun an artifact and judge it against its model.")
@@ -117,10 +114,7 @@ def validate(artifact: Path, reference: str, output: Path | None, as_json: bool,
     report = api.validate(
         artifact, reference, revision=revision, text=text, limits=api.limits(**chosen), output=output, threads=threads
     )
-    if as_json:
-        _print_json(report.to_dict())
-    else:
-        click.echo(describe.report(report))
+    _answer(as_json, report.to_dict(), lambda: describe.report(report))
     click.get_current_context().exit(api.exit_code(report))
 
 
@@ -139,10 +133,7 @@ def plan(as_json: bool, **chosen: Any) -> None:
     from llmx import api, describe
 
     planned = api.plan(_request(**chosen)).plan
-    if as_json:
-        _print_json(planned.to_json())
-        return
-    click.echo(describe.plan(planned))
+    _answer(as_json, planned.to_json(), lambda: describe.plan(planned))
 
 
 @commands.command(short_help="What a GGUF file holds.")
@@ -158,10 +149,7 @@ def inspect(file: Path, as_json: bool) -> None:
     from llmx import api, describe
 
     found = api.inspect(file)
-    if as_json:
-        _print_json(found)
-        return
-    click.echo(describe.file(found))
+    _answer(as_json, found, lambda: describe.file(found))
 
 
 @commands.command(short_help="Which runtimes are here, and why not.")
@@ -176,10 +164,7 @@ def doctor(as_json: bool) -> None:
     from llmx import api, describe
 
     found = api.doctor()
-    if as_json:
-        _print_json(found)
-        return
-    click.echo(describe.doctor(found))
+    _answer(as_json, found, lambda: describe.doctor(found))
 
 
 def _request(
@@ -197,6 +182,14 @@ def _request(
     if (limits := (max_kl, min_top1, max_ppl_ratio, min_tokens_per_second)) != (None,) * 4:
         judged = api.limits(*limits)
     return api.ExportRequest(model=model, format=format_, limits=judged, **chosen)
+
+
+def _answer(as_json: bool, value: dict[str, Any], words: Callable[[], str]) -> None:
+    """The result on stdout: one JSON object for scripts, words for people."""
+    if as_json:
+        _print_json(value)
+    else:
+        click.echo(words())
 
 
 def _print_json(value: dict[str, Any]) -> None:

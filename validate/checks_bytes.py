@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmx.errors import IntegrityError
-from llmx.exporters.gguf_metadata import DIGESTS_KEY, WRITTEN_TYPE_KEY
+from llmx.exporters.gguf_metadata import DIGESTS_KEY, WRITTEN_TYPE_KEY, short_digest
 from llmx.exporters.gguf_tensors import Entry, read_rows, restore
 from llmx.formats.ggml_blocks import BLOCKS
 from llmx.formats.ggml_decode import decode
@@ -212,7 +212,7 @@ def tensor_digest(file: GgufFile, name: str) -> int:
     for start in range(0, len(data), HASH_BYTES):
         digest.update(data[start : start + HASH_BYTES].data)
     file.release(name)
-    return int.from_bytes(digest.digest()[:8], "little")
+    return short_digest(digest.digest())
 
 
 def named(names: Sequence[str]) -> str:
