@@ -23,7 +23,7 @@ from llmx.errors import IntegrityError, UnsupportedError, UsageError
 from llmx.formats.ggml_blocks import BLOCKS, SUPER_BLOCK, row_bytes
 from llmx.formats.ggml_decode import LEVELS, decode_codes, expand
 from llmx.formats.ggml_packers import BlockScales, pack
-from llmx.quant import affine, kquant, symmetric
+from llmx.quant import affine, ggml_moves, kquant, symmetric
 from llmx.quant.floats import FLOATS
 from llmx.quant.lanes import workspace
 from llmx.quant.rounding import largest_magnitude, round_affine, round_linear, round_uneven
@@ -61,6 +61,26 @@ class Grid(Protocol):
         """The type's name, as in BLOCKS."""
         ...
 
+    @property
+    def levels(self) -> Floats:
+        """f32[codes], read-only, ascending: what each code stands for before it is scaled."""
+        ...
+
+    @property
+    def allowed(self) -> tuple[int, int]:
+        """(lowest, highest) code that may be stored."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Weights of a sub-block, which share a scale."""
+        ...
+
+    @property
+    def weights(self) -> int:
+        """Weights of a block, which share the float super-scales; block weights // size = subs."""
+        ...
+
     def fit(self, weight: Floats, importance: Floats | None = None) -> BlockScales:
         """The scales of least weighted error, as they will be stored. importance: f32[cols], mean squared inputs."""
         ...
@@ -75,6 +95,22 @@ class Grid(Protocol):
 
     def decode(self, scales: BlockScales, codes: Codes) -> Floats:
         """f32[n, block weights]: what scales and codes stand for."""
+        ...
+
+    def neighbours(self, scales: BlockScales) -> tuple[BlockScales, ...]:
+        """The legal small moves of the sub-blocks' scales and minima: in each, every sub-block has moved alike."""
+        ...
+
+    def merge(self, scales: BlockScales, other: BlockScales, mask: NDArray[np.bool_]) -> BlockScales:
+        """scales, with the sub-blocks where mask (bool[n, subs]) holds taken from other."""
+        ...
+
+    def with_super(self, scales: BlockScales, d: Floats, offset: Floats | None = None) -> BlockScales:
+        """scales with the float super-scales d and offset (f32[n]) in place of its own, rounded as they are stored."""
+        ...
+
+    def basis(self, scales: BlockScales, codes: Codes) -> tuple[Floats, Floats | None]:
+        """(first, second), f32[n, block weights]: the weights are d · first + offset · second; None without offset."""
         ...
 
     def limit(self) -> float:
@@ -110,6 +146,18 @@ class AffineGrid:
     search: Search
     integers: int = 0
 
+    @property
+    def levels(self) -> Floats:
+        return LEVELS[self.name]
+
+    @property
+    def weights(self) -> int:
+        return BLOCKS[self.name].weights
+
+    @property
+    def allowed(self) -> tuple[int, int]:
+        return 0, self.top
+
     def fit(self, weight: Floats, importance: Floats | None = None) -> BlockScales:
         values = _flat(weight)
         relative, spread = _importance(importance, self.search)
@@ -141,6 +189,18 @@ class AffineGrid:
     def decode(self, scales: BlockScales, codes: Codes) -> Floats:
         return decode_codes(self.name, scales, codes)
 
+    def merge(self, scales: BlockScales, other: BlockScales, mask: NDArray[np.bool_]) -> BlockScales:
+        return ggml_moves.merge(scales, other, mask)
+
+    def with_super(self, scales: BlockScales, d: Floats, offset: Floats | None = None) -> BlockScales:
+        return ggml_moves.with_super(scales, d, offset)
+
+    def basis(self, scales: BlockScales, codes: Codes) -> tuple[Floats, Floats | None]:
+        return ggml_moves.basis(scales, self.levels[codes])
+
+    def neighbours(self, scales: BlockScales) -> tuple[BlockScales, ...]:
+        return ggml_moves.move_pairs(scales, self.integers) if self.integers else ggml_moves.move_floats(scales)
+
     def limit(self) -> float:
         return HALF_MAX * max(self.integers, 1)
 
@@ -155,6 +215,20 @@ class SymmetricGrid:
     high: int
     search: Search
     integers: tuple[int, int] | None = None
+
+    @property
+    def levels(self) -> Floats:
+        return LEVELS[self.name]
+
+    @property
+    def weights(self) -> int:
+        return BLOCKS[self.name].weights
+
+    @property
+    def allowed(self) -> tuple[int, int]:
+        if self.low == self.high:
+            return 0, len(self.levels) - 1
+        return self.low - int(self.levels[0]), self.high - int(self.levels[0])
 
     def fit(self, weight: Floats, importance: Floats | None = None) -> BlockScales:
         values = _flat(weight)
@@ -187,6 +261,18 @@ class SymmetricGrid:
 
     def decode(self, scales: BlockScales, codes: Codes) -> Floats:
         return decode_codes(self.name, scales, codes)
+
+    def merge(self, scales: BlockScales, other: BlockScales, mask: NDArray[np.bool_]) -> BlockScales:
+        return ggml_moves.merge(scales, other, mask)
+
+    def with_super(self, scales: BlockScales, d: Floats, offset: Floats | None = None) -> BlockScales:
+        return ggml_moves.with_super(scales, d, offset)
+
+    def basis(self, scales: BlockScales, codes: Codes) -> tuple[Floats, Floats | None]:
+        return ggml_moves.basis(scales, self.levels[codes])
+
+    def neighbours(self, scales: BlockScales) -> tuple[BlockScales, ...]:
+        return ggml_moves.move_integers(scales, self.integers) if self.integers else ggml_moves.move_floats(scales)
 
     def limit(self) -> float:
         # The side with the fewer levels decides: the largest weight may have either sign.
