@@ -8,7 +8,7 @@ llama.cpp's rotation pairs neighbouring rows of a head where Hugging Face pairs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Weights decoded at a time: the decoder's integer arrays stay in the cache.
 _DECODED_WEIGHTS = 1 << 19
 Floats = npt.NDArray[np.float32]
+RowReader = Callable[[int, int], np.ndarray]
 Places = dict[tuple[int | None, Role, str], TensorSpec]  # by layer, role and part
 
 
@@ -124,7 +125,25 @@ def read_rows(model: Model, entry: Entry, start: int, stop: int, *, raw: bool = 
     """
     if entry.constant is not None:
         return entry.constant.reshape(1, -1)[start:stop]
-    parts = [_transformed(model, piece, low, high, raw) for piece, low, high in _spans(model, entry, start, stop)]
+
+    def reader(piece: Piece) -> RowReader:
+        weight = model.weight(piece.spec.name)
+        return weight.read_raw if raw else weight.read
+
+    return _gathered(model, entry, start, stop, reader)
+
+
+def arrange_rows(model: Model, entry: Entry, start: int, stop: int, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The same from rows that were made already: canonical name -> [rows, anything], moved but not changed."""
+    return _gathered(model, entry, start, stop, lambda piece: lambda low, high: rows[piece.spec.name][low:high])
+
+
+def _gathered(
+    model: Model, entry: Entry, start: int, stop: int, reader: Callable[[Piece], RowReader]
+) -> np.ndarray:
+    parts = [
+        _transformed(model, piece, low, high, reader(piece)) for piece, low, high in _spans(model, entry, start, stop)
+    ]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1 if len(entry.shape) == 1 else 0)
 
 
@@ -156,9 +175,7 @@ def passes_through(model: Model, entry: Entry, type_name: str) -> bool:
     )
 
 
-def _transformed(model: Model, piece: Piece, start: int, stop: int, raw: bool) -> np.ndarray:
-    weight = model.weight(piece.spec.name)
-    read = weight.read_raw if raw else weight.read
+def _transformed(model: Model, piece: Piece, start: int, stop: int, read: RowReader) -> np.ndarray:
     if piece.transform == "gain":
         return read(start, stop) + np.float32(model.architecture.norm_offset)
     if piece.transform == "none":

@@ -1,0 +1,63 @@
+"""GPTQ on any grid: the scales are frozen first, so any order of columns is legal and none is stored.
+
+With the error E = W* − Ŵ of each row judged by E H Eᵀ, columns are rounded one after another, and what each loses is
+made up for by those not yet rounded: with H⁻¹ = Uᵀ U (U upper), w_k ← w_k − (w_j − ŵ_j) U_jk / U_jj.
+
+Source: GPTQ, arXiv 2210.17323, algorithm 1; as Babai's nearest plane: 2507.18553.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llmx.quant.columns import BLOCK, gptq_block
+from llmx.quant.state import Rows
+from llmx.quant.workers import spans
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """order: the columns from the heaviest to the lightest; upper: f32[in, in], U of the damped Hessian so ordered."""
+
+    order: Tensor
+    upper: Tensor
+
+
+def damped(hessian: Tensor, share: float) -> Tensor:
+    """The Hessian plus `share` of its mean diagonal on the diagonal. A column that saw nothing gets the mean."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.double().mean().clamp_min(1e-30).float()
+    return hessian + torch.diag(torch.where(diagonal > 0, mean * share, mean))
+
+
+def factorize(hessian: Tensor) -> Factor | None:
+    """U of a damped Hessian in float64, heaviest columns first; None where it is not positive definite."""
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    sorted_ = hessian[order][:, order].double()
+    # H = V Vᵀ with V upper is the Cholesky factor of H turned round; U = V⁻¹.
+    lower, failed = torch.linalg.cholesky_ex(sorted_.flip(0, 1))
+    if int(failed) != 0:
+        return None
+    upper = lower.flip(0, 1)
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    return Factor(order, torch.linalg.solve_triangular(upper, identity, upper=True).float().contiguous())
+
+
+def gptq(target: Tensor, factor: Factor, rows: Rows) -> None:
+    """Choose the codes of `rows` for target (f32[columns, rows]) on their frozen scales."""
+    order = factor.order
+    scale, offset = (part[order] for part in rows.columns())
+    w = target[order]
+    level = torch.empty_like(w)
+    for block in spans(len(w), BLOCK):
+        upper = factor.upper[block]
+        level[block], error = gptq_block(
+            w[block].contiguous(), upper[:, block].contiguous(), scale[block], offset[block], rows.levels
+        )
+        w[block.stop :].addmm_(upper[:, block.stop :].T, error, alpha=-1)
+    rows.level = torch.empty_like(level)
+    rows.level[order] = level

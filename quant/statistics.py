@@ -1,0 +1,126 @@
+"""What a solver knows of a matrix's inputs: second moments of the calibration tokens, fitted and held out.
+
+For a matrix W with float inputs x and quantized inputs x̂ (the same tokens in the partly quantized model), and r, the
+error h − ĥ of the residual stream that the matrix's output is added to (0 for matrices that do not write it):
+
+    hessian  Ĥ = Σ x̂ x̂ᵀ          drift  D = Σ (x − x̂) x̂ᵀ          residual  R = Σ r x̂ᵀ
+
+    Σ ‖W x + r − Ŵ x̂‖² = tr(E Ĥ Eᵀ) + 2 ⟨E, W D + R⟩ + constant,   E = W − Ŵ
+
+Source of the asymmetric target: GPTAQ, arXiv 2504.02692; the residual's error is added to it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from llmx.quant.workers import Workers, spans
+
+Tensor = torch.Tensor
+TILE = 256  # columns of a moment that one worker sums
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Sums over one set of tokens. hessian, drift: f32[in, in]; residual: f32[out, in] or None; tokens: their count.
+
+    drift is None where the inputs are the float model's own.
+    """
+
+    hessian: Tensor
+    drift: Tensor | None
+    residual: Tensor | None
+    tokens: int
+
+    def pull(self, weight: Tensor) -> Tensor | None:
+        """f32[out, in]: W D + R, the pull towards repairing what came before; None where there is none."""
+        pulled = None if self.drift is None else weight @ self.drift
+        if self.residual is not None:
+            pulled = self.residual if pulled is None else pulled + self.residual
+        return pulled
+
+    def plus(self, other: Moments) -> Moments:
+        """The moments over both sets."""
+
+        def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return a if b is None else b if a is None else a + b
+
+        return Moments(
+            self.hessian + other.hessian,
+            added(self.drift, other.drift),
+            added(self.residual, other.residual),
+            self.tokens + other.tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Moments to fit on and moments to judge on. squares: f32[in], Σ x² of the float inputs over all tokens."""
+
+    fitted: Moments
+    held_out: Moments
+    squares: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.fitted.tokens + self.held_out.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One batch of a matrix's inputs. x, x̂: f32[tokens, in]; r: f32[tokens, out] or None; weights: f32[tokens, 1].
+
+    weights: how much each token's error counts (a router's squared share), None for 1.
+    """
+
+    float_: Tensor
+    quantized: Tensor
+    residual: Tensor | None = None
+    weights: Tensor | None = None
+    held_out: bool = False
+
+
+def moments(batches: Sequence[Inputs], workers: Workers) -> Moments:
+    """The sums over these batches, in their order; the workers share the columns."""
+    first = batches[0]
+    size, device = first.quantized.shape[1], first.quantized.device
+    drifts = any(batch.float_ is not batch.quantized for batch in batches)
+    hessian = torch.zeros(size, size, device=device)
+    drift = torch.zeros(size, size, device=device) if drifts else None
+    residual = None if first.residual is None else torch.zeros(first.residual.shape[1], size, device=device)
+    tiles = spans(size, TILE)
+    for batch in batches:
+        right = batch.quantized if batch.weights is None else batch.quantized * batch.weights
+        moved = batch.float_ - batch.quantized if drifts else None
+
+        def add(columns: slice, batch: Inputs = batch, right: Tensor = right, moved: Tensor | None = moved) -> None:
+            hessian[:, columns].addmm_(batch.quantized.T, right[:, columns])
+            if drift is not None and moved is not None:
+                drift[:, columns].addmm_(moved.T, right[:, columns])
+            if residual is not None and batch.residual is not None:
+                residual[:, columns].addmm_(batch.residual.T, right[:, columns])
+
+        workers.map(add, tiles)
+    return Moments(hessian, drift, residual, sum(len(batch.quantized) for batch in batches))
+
+
+def statistics(batches: Sequence[Inputs], workers: Workers) -> Statistics:
+    """Fitted and held-out moments of a matrix's inputs, and the float inputs' squares.
+
+    With no batch to hold out the judge sees what was fitted.
+    """
+    fit = [batch for batch in batches if not batch.held_out] or list(batches)
+    judge = [batch for batch in batches if batch.held_out] or fit
+    squares = torch.stack(workers.map(lambda batch: batch.float_.square().sum(0), batches)).sum(0)
+    fitted = moments(fit, workers)
+    return Statistics(fitted, fitted if judge is fit else moments(judge, workers), squares)
+
+
+def without_residual(found: Statistics) -> Statistics:
+    """The same statistics for a matrix that does not write the residual stream."""
+    return replace(
+        found, fitted=replace(found.fitted, residual=None), held_out=replace(found.held_out, residual=None)
+    )
