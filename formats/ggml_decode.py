@@ -2,6 +2,7 @@
 
     value = d · scale · level[code] − offset · min        k-quants and IQ4_XS; types without a min have no second term
     value = d · level[code] + offset                      Q4_1, Q5_1
+    value = d · float[scale] · level[code]                NVFP4, float[scale] half of the UE4M3 byte's value
 
 d · scale and d · scale · level are exact in float32 up to at most one rounding, so the order of the factors is free.
 Source: the dequantize_row functions of llama.cpp's `ggml-quants.c`, b11549.
@@ -10,6 +11,7 @@ Source: the dequantize_row functions of llama.cpp's `ggml-quants.c`, b11549.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from llmx.errors import IntegrityError, UnsupportedError
 from llmx.formats.ggml_blocks import BLOCKS
 from llmx.formats.ggml_packers import LAYOUTS, BlockScales, unpack
+from llmx.formats.microfloats import E2M1_DOUBLED, UE4M3
 
 Floats = NDArray[np.float32]
 
@@ -43,26 +46,46 @@ LEVELS: dict[str, Floats] = {
     "Q8_0": _levels(-128, 256),
     "IQ4_NL": _IQ4,
     "IQ4_XS": _IQ4,
+    "MXFP4": E2M1_DOUBLED,
+    "NVFP4": E2M1_DOUBLED,
 }
 """What each code of a type stands for before it is scaled: f32[codes], keyed by type name."""
 
 
+def _halved_ue4m3() -> Floats:
+    """f32[256]: half of what a UE4M3 byte stands for, as ggml reads it: 0x7F is zero and bit 7 means nothing."""
+    halved = np.zeros(256, np.float32)
+    halved[:127] = halved[128:255] = UE4M3 / 2
+    halved[255] = 240
+    halved.flags.writeable = False
+    return halved
+
+
+_FLOAT_SCALES: dict[str, Floats] = {"NVFP4": _halved_ue4m3()}
+"""f32[256]: what the byte of a sub-block's scale stands for, in the types where it is a float."""
+
+
 def expand(type_name: str, scales: BlockScales) -> tuple[Floats, Floats | None]:
     """(scale, offset) of every sub-block, f32[n, subs]: value = scale · level + offset; None where a type has none."""
-    with np.errstate(invalid="ignore"):  # a foreign file may hold inf or NaN; it decodes to what it says
+    with np.errstate(invalid="ignore", over="ignore"):  # a foreign file may hold inf or NaN; it decodes to what it says
         d = scales.d.astype(np.float32)[:, None]
-        scale = d if scales.scales is None else d * scales.scales
+        scale = d if scales.scales is None else d * _factors(type_name, scales.scales)
         if scales.offset is None:
             return scale, None
         offset = scales.offset.astype(np.float32)[:, None]
         return scale, offset if scales.mins is None else -(offset * scales.mins)
 
 
+def _factors(type_name: str, scales: NDArray[np.int8]) -> NDArray[Any]:
+    floats = _FLOAT_SCALES.get(type_name)
+    return scales if floats is None else floats[scales.view(np.uint8)]
+
+
 def decode_codes(type_name: str, scales: BlockScales, codes: NDArray[np.uint8]) -> Floats:
     """f32[n, block weights]: the weights that n blocks of that type stand for. codes: u8[n, block weights]."""
     scale, offset = expand(type_name, scales)
     weights = LEVELS[type_name][codes].reshape(len(codes), scale.shape[1], -1)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         weights *= scale[:, :, None]
         if offset is not None:
             weights += offset[:, :, None]

@@ -20,6 +20,10 @@ The layouts, byte offsets above the fields (f16 is little-endian; h = the bits t
     Q5_K    0 d:f16 | 2 dmin:f16 | 4 scale,min[12] | 16 code_h[32] | 48 codes[128]
     Q6_K    0 codes[128] | 128 code_h[64] | 192 scales[16] | 208 d:f16
     IQ4_XS  0 d:f16 | 2 scale_h[2] | 4 scales[4] | 8 codes[128]
+    MXFP4   0 d:E8M0 | 1 codes[16]                                 NVFP4   0 scales:UE4M3[4] | 4 codes[32]
+
+E8M0, UE4M3 and the E2M1 codes of MXFP4 and NVFP4 are drawn in `microfloats.py`. What multiplies a whole NVFP4 tensor
+is not in its blocks: a GGUF file holds it as the tensor's `.scale`.
 
 Source: the block structures of llama.cpp's `ggml-common.h` and its dequantization, b11549.
 """
@@ -34,6 +38,7 @@ from numpy.typing import NDArray
 
 from llmx.errors import UnsupportedError
 from llmx.formats.ggml_blocks import BLOCKS
+from llmx.formats.microfloats import E2M1_BITS, E2M1_CODES, E8M0_HALVED, e8m0_bytes
 
 Bytes = NDArray[np.uint8]
 
@@ -42,15 +47,17 @@ Bytes = NDArray[np.uint8]
 class BlockScales:
     """The scales of `n` blocks, exactly as stored; everything of a block but its codes.
 
-    d: f16[n]. offset: f16[n], the super-scale of the mins (k-quants' dmin) or the minimum itself (m of Q4_1, Q5_1).
-    scales: i8[n, subs], the sub-blocks' integer scales, signed where the type's are. mins: i8[n, subs], 0 … 63.
-    None where the type has no such field.
+    d: f16[n], or f32[n] where it is stored as something else: half of what MXFP4's E8M0 byte stands for, as ggml has
+    it; the tensor's own scale of NVFP4, which is not in the blocks (1 when unpacked). offset: like d, the super-scale
+    of the mins (k-quants' dmin) or the minimum itself (m of Q4_1, Q5_1). scales: i8[n, subs], the sub-blocks' integer
+    scales, signed where the type's are, or NVFP4's UE4M3 bytes. mins: i8[n, subs], 0 … 63; or the integer zero points
+    of grids that have such. None where the type has no such field.
     """
 
-    d: NDArray[np.float16]
-    offset: NDArray[np.float16] | None = None
+    d: NDArray[np.floating]
+    offset: NDArray[np.floating] | None = None
     scales: NDArray[np.int8] | None = None
-    mins: NDArray[np.int8] | None = None
+    mins: NDArray[np.integer] | None = None
 
 
 class StoredField(Protocol):
@@ -128,9 +135,12 @@ class SixBitPairs:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the fields of one block lie. A stored integer is the field's value + its bias, modulo 256."""
+    """Where the fields of one block lie. A stored integer is the field's value + its bias, modulo 256.
 
-    d: int
+    d is an E8M0 byte where d_e8m0 holds, and not in the block where it is None. e2m1: codes are stored as E2M1 bits.
+    """
+
+    d: int | None
     codes: tuple[Plane, ...]
     offset: int | None = None
     scales: tuple[StoredField, ...] = ()
@@ -138,6 +148,8 @@ class Layout:
     has_mins: bool = False
     scale_bias: int = 0
     code_bias: int = 0
+    d_e8m0: bool = False
+    e2m1: bool = False
 
     @property
     def integers(self) -> int:
@@ -182,6 +194,8 @@ LAYOUTS: dict[str, Layout] = {
         scales=(Plane(4, 4, 4, 1), Plane(2, 2, 2, 1, shift=4)),
         codes=(Plane(8, 128, 4, 16),),
     ),
+    "MXFP4": Layout(d=0, d_e8m0=True, codes=(Plane(1, 16, 4, 16),), e2m1=True),
+    "NVFP4": Layout(d=None, subs=4, scales=(Plane(0, 4, 8, 4),), codes=(Plane(4, 32, 4, 8),), e2m1=True),
 }
 """The byte layout of every type that has scales, keyed by type name."""
 
@@ -197,6 +211,19 @@ def _half(blocks: Bytes, at: int) -> NDArray[np.float16]:
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").reshape(-1)
 
 
+def _put_float(values: NDArray[np.floating], blocks: Bytes, at: int, e8m0: bool = False) -> None:
+    if e8m0:
+        blocks[:, at] = e8m0_bytes(values.astype(np.float32, copy=False))
+    else:
+        blocks[:, at : at + 2] = values.astype("<f2", copy=False).view(np.uint8).reshape(-1, 2)
+
+
+def _stored(form: Layout, codes: Bytes) -> Bytes:
+    if form.e2m1:
+        return E2M1_BITS[codes]
+    return codes ^ np.uint8(form.code_bias) if form.code_bias else codes
+
+
 def pack(type_name: str, scales: BlockScales, codes: Bytes, out: Bytes | None = None) -> Bytes:
     """u8[n, block bytes]: n blocks of that type from their scales and codes (u8[n, block weights]).
 
@@ -204,18 +231,25 @@ def pack(type_name: str, scales: BlockScales, codes: Bytes, out: Bytes | None = 
     """
     form = layout(type_name)
     blocks = np.empty((len(codes), BLOCKS[type_name].bytes), np.uint8) if out is None else out
-    blocks[:, form.d : form.d + 2] = scales.d.astype("<f2", copy=False).view(np.uint8).reshape(-1, 2)
+    if form.d is not None:
+        _put_float(scales.d, blocks, form.d, form.d_e8m0)
     if form.offset is not None and scales.offset is not None:
-        blocks[:, form.offset : form.offset + 2] = scales.offset.astype("<f2", copy=False).view(np.uint8).reshape(-1, 2)
+        _put_float(scales.offset, blocks, form.offset)
     if form.scales and scales.scales is not None:
         fields = (scales.scales, scales.mins) if form.has_mins and scales.mins is not None else (scales.scales,)
         integers = np.concatenate(fields, axis=1).view(np.uint8) + np.uint8(form.scale_bias)
         for field in form.scales:
             field.put(integers, blocks)
-    stored = codes ^ np.uint8(form.code_bias) if form.code_bias else codes
+    stored = _stored(form, codes)
     for plane in form.codes:
         plane.put(stored, blocks)
     return blocks
+
+
+def _d(form: Layout, blocks: Bytes) -> NDArray[np.floating]:
+    if form.d is None:
+        return np.ones(len(blocks), np.float32)
+    return E8M0_HALVED[blocks[:, form.d]] if form.d_e8m0 else _half(blocks, form.d)
 
 
 def unpack(type_name: str, blocks: Bytes) -> tuple[BlockScales, Bytes]:
@@ -227,12 +261,15 @@ def unpack(type_name: str, blocks: Bytes) -> tuple[BlockScales, Bytes]:
         plane.take(blocks, codes)
     if form.code_bias:
         codes ^= np.uint8(form.code_bias)
+    if form.e2m1:
+        codes = E2M1_CODES[codes]
+    d = _d(form, blocks)
     offset = None if form.offset is None else _half(blocks, form.offset)
     if not form.scales:
-        return BlockScales(_half(blocks, form.d), offset), codes
+        return BlockScales(d, offset), codes
     integers = np.zeros((len(blocks), form.integers), np.uint8)
     for field in form.scales:
         field.take(blocks, integers)
     signed = (integers - np.uint8(form.scale_bias)).view(np.int8)
     mins = np.ascontiguousarray(signed[:, form.subs :]) if form.has_mins else None
-    return BlockScales(_half(blocks, form.d), offset, np.ascontiguousarray(signed[:, : form.subs]), mins), codes
+    return BlockScales(d, offset, np.ascontiguousarray(signed[:, : form.subs]), mins), codes

@@ -57,7 +57,7 @@ def steps(type_name: str, scales: BlockScales) -> tuple[np.ndarray, np.ndarray]:
     """
     levels = LEVELS[type_name]
     with np.errstate(invalid="ignore"):
-        step = np.abs(expand(type_name, scales)[0]) * np.diff(levels).min()
+        step = np.abs(expand(type_name, scales)[0]) * np.diff(np.unique(levels)).min()  # FP4 has zero twice
         rounding = np.zeros(len(step), np.float32)
         if scales.scales is not None:
             rounding += 0.5 * np.abs(scales.d.astype(np.float32)) * np.abs(levels).max()

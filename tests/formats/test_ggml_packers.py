@@ -18,8 +18,10 @@ def counting(type_name: str) -> tuple[BlockScales, np.ndarray]:
     form, block = LAYOUTS[type_name], BLOCKS[type_name]
     bits = sum(plane.bits for plane in form.codes)
     codes = (np.arange(block.weights) * 7 % (1 << bits)).astype(np.uint8)[None]
-    half = np.array([1.5], np.float16)
-    widest = {"Q2_K": 15, "Q6_K": 127}.get(type_name, 63 if form.has_mins else 31)
+    half = {"MXFP4": np.array([0.25], np.float32), "NVFP4": np.ones(1, np.float32)}.get(
+        type_name, np.array([1.5], np.float16)
+    )
+    widest = {"Q2_K": 15, "Q6_K": 127, "NVFP4": 127}.get(type_name, 63 if form.has_mins else 31)
     scales = (np.arange(form.subs) * 5 % (widest + 1)).astype(np.int8)[None] if form.scales else None
     mins = (np.arange(form.subs) * 11 % (widest + 1)).astype(np.int8)[None] if form.has_mins else None
     return BlockScales(half, None if form.offset is None else -half, scales, mins), codes
@@ -64,6 +66,9 @@ GOLDEN = {
         "44bb22990077ee55cc33aa1188ff66dd44bb22990077ee55cc33aa1188ff66dd44bb22990077ee55cc33aa1188ff66dd44bb2299"
         "0077ee55cc33aa1188ff66dd44bb22990077ee55cc33aa1188ff66dd44bb2299"
     ),
+    # Codes count levels upward, the nibbles are E2M1: code 0 (-6) is F, code 7 (0) is 0, code 15 (-0) is 8.
+    "MXFP4": "7eff0077aa55cc33ee11889966bb44dd22",
+    "NVFP4": "00050a0f1f80976ab54cd32e1f80976ab54cd32e1f80976ab54cd32e1f80976ab54cd32e",
 }
 
 

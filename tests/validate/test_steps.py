@@ -11,6 +11,8 @@ from llmx.formats.ggml_packers import LAYOUTS, BlockScales, pack, unpack
 from llmx.validate.steps import decode_with_error, steps
 
 RANDOM = np.random.default_rng(0)
+# The steps of the FP4 types grow with the level, and their scales are floats of their own.
+TYPES = sorted(name for name, form in LAYOUTS.items() if not form.e2m1)
 
 
 def sound(type_name: str, blocks: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +32,7 @@ def sound(type_name: str, blocks: int = 16) -> tuple[np.ndarray, np.ndarray]:
     return pack(type_name, fields, codes), (source + noise).astype(np.float32)
 
 
-@pytest.mark.parametrize("type_name", sorted(LAYOUTS))
+@pytest.mark.parametrize("type_name", TYPES)
 def test_rounding_is_at_most_half_a_step(type_name):
     data, source = sound(type_name)
     decoded, error = decode_with_error(type_name, data, source)
@@ -38,7 +40,7 @@ def test_rounding_is_at_most_half_a_step(type_name):
     assert error <= 0.501
 
 
-@pytest.mark.parametrize("type_name", sorted(set(LAYOUTS) - {"Q2_K", "Q3_K"}))
+@pytest.mark.parametrize("type_name", sorted(set(TYPES) - {"Q2_K", "Q3_K"}))
 def test_a_flipped_high_bit_of_a_code_is_far_off_the_grid(type_name):
     data, source = sound(type_name)
     scales, codes = unpack(type_name, data)
@@ -47,7 +49,7 @@ def test_a_flipped_high_bit_of_a_code_is_far_off_the_grid(type_name):
     assert error > 5.5
 
 
-@pytest.mark.parametrize("type_name", sorted(LAYOUTS))
+@pytest.mark.parametrize("type_name", TYPES)
 def test_a_nan_scale_is_infinitely_far(type_name):
     data, source = sound(type_name)
     at = LAYOUTS[type_name].d
@@ -56,7 +58,7 @@ def test_a_nan_scale_is_infinitely_far(type_name):
     assert error == np.inf
 
 
-@pytest.mark.parametrize("type_name", sorted(set(LAYOUTS) - {"Q2_K", "Q3_K"}))
+@pytest.mark.parametrize("type_name", sorted(set(TYPES) - {"Q2_K", "Q3_K"}))
 def test_a_scale_whose_exponent_is_damaged_is_far_off_the_grid(type_name):
     data, source = sound(type_name)
     data[2, LAYOUTS[type_name].d + 1] ^= 0x10
