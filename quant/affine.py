@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmx.quant.compiled import compiled
-from llmx.quant.lanes import LANES, affine_sums, f32, half, load, reciprocal
+from llmx.quant.lanes import LANES, affine_sums, f32, load, reciprocal
 
 
 @compiled
@@ -87,7 +87,7 @@ def search(work, top, signed, starts, lloyd, scale, minimum):
 
 @compiled
 def fit_blocks(values, importance, work, top, spread, starts, lloyd, d_out, offset_out):
-    """Fill d_out and offset_out (f32[blocks], float16 values; value = d · code + offset), one pair a block."""
+    """Fill d_out and offset_out (f32[blocks], not rounded yet; value = d · code + offset), one pair a block."""
     size = work.x.shape[0]
     count = values.size // size
     scale, minimum = np.empty(LANES, f32), np.empty(LANES, f32)
@@ -96,5 +96,5 @@ def fit_blocks(values, importance, work, top, spread, starts, lloyd, d_out, offs
         load(values, importance, first, lanes, size, f32(spread), work)
         search(work, f32(top), True, starts, lloyd, scale, minimum)
         for lane in range(lanes):
-            d_out[first + lane] = half(scale[lane])
-            offset_out[first + lane] = half(-minimum[lane])
+            d_out[first + lane] = scale[lane]
+            offset_out[first + lane] = -minimum[lane]

@@ -15,6 +15,7 @@ from llmx.quant.compiled import compiled
 
 f32 = np.float32
 LANES = 64
+_STEPS = 12  # candidates of best_step
 TINY = f32(1e-30)  # below this a scale or an energy counts as zero: its inverse would leave float32
 Array = np.ndarray[Any, Any]
 
@@ -159,14 +160,18 @@ def best_step(wanted, curvature, low, high, start, stop):
     if abs(largest) < TINY:
         return f32(0)
     anchor = low if low < f32(0) else high
-    best, best_loss = f32(0), f32(np.inf)
-    for k in range(12):
-        d = half(largest / (anchor * (f32(1) - f32(0.025) * f32(k))))
-        r = reciprocal(d)
-        loss = f32(0)
-        for lane in range(start, stop):
-            miss = wanted[lane] - d * min(max(np.rint(wanted[lane] * r), low), high)
-            loss += curvature[lane] * miss * miss
-        if loss < best_loss:
-            best, best_loss = d, loss
+    # The candidates lie side by side, so that the loop over them is the one that runs in SIMD lanes.
+    step, inverse, loss = np.empty(_STEPS, f32), np.empty(_STEPS, f32), np.zeros(_STEPS, f32)
+    for k in range(_STEPS):
+        step[k] = half(largest / (anchor * (f32(1) - f32(0.025) * f32(k))))
+        inverse[k] = reciprocal(step[k])
+    for lane in range(start, stop):
+        value, weight = wanted[lane], curvature[lane]
+        for k in range(_STEPS):
+            miss = value - step[k] * min(max(np.rint(value * inverse[k]), low), high)
+            loss[k] += weight * miss * miss
+    best, least = f32(0), f32(np.inf)
+    for k in range(_STEPS):
+        if loss[k] < least:
+            best, least = step[k], loss[k]
     return best

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmx.formats.ggml_packers import BlockScales, pack, unpack
-from llmx.quant.grid import GRIDS, Codes, Floats, Grid
+from llmx.quant.grid import GRIDS
+from llmx.quant.protocol import Codes, Floats, Grid
 
 COLS = 512
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
