@@ -1,4 +1,4 @@
-"""The grids of ggml's block types, and `encode`: weights in, the bytes of a GGUF tensor out.
+"""Every grid by its name, and `encode`: weights in, the bytes of a GGUF tensor out.
 
 A grid fits scales to weights and rounds weights to codes; a packer (llmx.formats.ggml_packers) lays both out as bytes.
 They are apart so that a solver can freeze the scales of a grid, choose the codes itself and pack the two:
@@ -13,6 +13,9 @@ are cut into chunks, or on the machine's vector width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import product
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,16 +24,69 @@ from llmx.formats.ggml_blocks import BLOCKS, row_bytes
 from llmx.formats.ggml_packers import pack
 from llmx.quant.floats import FLOATS
 from llmx.quant.ggml_grids import GGML_GRIDS
+from llmx.quant.groups import BITS, GROUPS, KINDS, integer_grid
+from llmx.quant.microscaling import Fp8Grid, MxGrid, NvGrid
 from llmx.quant.protocol import Effort, Floats, Grid, flat
 from llmx.quant.rounding import largest_magnitude
+from llmx.quant.stores import STORES
 
 _CHUNK = 1 << 16  # weights fitted at a time: they, their codes and their bytes stay in the core's own cache
 
-GRIDS: dict[str, Grid] = {grid.name: grid for grid in GGML_GRIDS}
-"""The block types that llmx can write, keyed by type name."""
+GRIDS: dict[str, Grid] = {row.name: row for row in (*GGML_GRIDS, MxGrid("MXFP4"))}
+"""The ggml block types that llmx can write, keyed by type name. NVFP4 needs a tensor beside it: see `grid`."""
 
 ENCODABLE: tuple[str, ...] = (*FLOATS, *GRIDS)
 """Every type that `encode` takes."""
+
+
+def _fixed(row: Grid) -> Callable[[int], Grid]:
+    return lambda cols: row
+
+
+def _integer(bits: int, group: int | None, kind: str, store: str) -> Callable[[int], Grid]:
+    return lambda cols: integer_grid(bits, group or cols, kind, store, channel=group is None)
+
+
+def _integers() -> Iterator[tuple[str, Callable[[int], Grid]]]:
+    for bits, group, kind, store in product(BITS, (*GROUPS, None), KINDS, STORES):
+        make = _integer(bits, group, kind, store)
+        yield make(GROUPS[0]).name, make
+
+
+FACTORIES: dict[str, Callable[[int], Grid]] = {
+    **{name: _fixed(row) for name, row in GRIDS.items()},
+    "NVFP4": _fixed(NvGrid("NVFP4", weights=64)),
+    "mxfp4": _fixed(MxGrid("mxfp4")),
+    "nvfp4": _fixed(NvGrid("nvfp4")),
+    "fp8-channel": lambda cols: Fp8Grid("fp8-channel", cols),
+    "fp8-tensor": lambda cols: Fp8Grid("fp8-tensor", cols, shared=True),
+    **dict(_integers()),
+}
+"""What makes each grid for rows of so many columns, keyed by name. In capitals: as ggml's blocks hold it.
+
+    int4-g128-sym    4 bits, groups of 128, no zero point; `channel` in place of g128: one group a row
+    int4-g32-zp      with integer zero points; `pos` in place of `sym`: only positive scales
+    …-bfloat16       the scale stored as that; float16 where nothing is said
+"""
+
+
+def grid(name: str, cols: int) -> Grid:
+    """The grid of that name for rows of `cols` weights. What a whole tensor shares, `bound` adds.
+
+    Raises UnsupportedError where there is no such grid, or a row is no whole number of its blocks.
+    """
+    if name not in FACTORIES:
+        whole = [choice for choice in FACTORIES if not choice.startswith("int")]
+        groups = "|".join((*(f"g{size}" for size in GROUPS), "channel"))
+        integers = f"int{{{'|'.join(map(str, BITS))}}}-{{{groups}}}-{{{'|'.join(KINDS)}}}[-bfloat16|-float32]"
+        raise UnsupportedError(f"there is no grid {name!r}", fix=f"one of {', '.join(whole)}, {integers}")
+    found = FACTORIES[name](cols)
+    if cols % found.weights:
+        raise UnsupportedError(
+            f"a row of {cols} weights is not a whole number of {name} blocks of {found.weights}",
+            fix="choose a grid whose block divides the row (those of a whole row always do)",
+        )
+    return found
 
 
 def largest_weight(type_name: str) -> float:
@@ -97,11 +153,11 @@ def encode(
 
 
 def _encode_blocks(
-    grid: Grid, chunk: Floats, importance: Floats | None, effort: Effort, out: NDArray[np.uint8]
+    kind: Grid, chunk: Floats, importance: Floats | None, effort: Effort, out: NDArray[np.uint8]
 ) -> None:
-    scales = grid.fit(chunk, importance, effort)
-    codes = grid.round(chunk, scales)
-    blocks = out.reshape(-1, BLOCKS[grid.name].bytes)
-    packed = pack(grid.name, scales, codes, blocks if np.shares_memory(blocks, out) else None)
+    scales = kind.fit(chunk, importance, effort)
+    codes = kind.round(chunk, scales)
+    blocks = out.reshape(-1, BLOCKS[kind.name].bytes)
+    packed = pack(kind.name, scales, codes, blocks if np.shares_memory(blocks, out) else None)
     if not np.shares_memory(blocks, out):
         out[:] = packed.reshape(out.shape)

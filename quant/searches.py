@@ -18,7 +18,7 @@ from llmx.quant.protocol import EFFORTS, Effort
 class Search:
     """How thoroughly a grid looks for its scales.
 
-    starts: the first scales tried (see affine.search, symmetric.search, integer.search, microfloat.fit_steps).
+    starts: the first scales tried (see affine.search, symmetric.search, integer.search).
     lloyd: refits of the best. loops: rounds of ±1 moves of what is stored as an integer.
     """
 
@@ -85,6 +85,50 @@ _UNEVEN = (
     -82, 140, -130, -68, -154, -124, -140,
 )
 _WIDE = tuple(float(-level) for level in (127, 125, 123, 126, 121, 124, 122, 119, 120, 117, 118, 115, 114, 116, 110))
+# Of groups of 32 to 1024 weights, keyed by (bits, kind): a scale of either sign, a positive one, a zero point.
+_GROUPS = {
+    (2, "sym"): (
+        -2.4, 2.65, -3.1, -1.95, 2.1, -2.7, -1.3, 3.2, -2.15, -3.55, -1.75, 2.4,
+    ),
+    (2, "pos"): (
+        2.25, 1.5, 2.95, 1.9, 1.15, 3.55, 2.6, 1.7, 2.1, 1.35, 2.45, 3.25,
+    ),
+    (2, "zp"): (
+        (1.2, 0.7), (2.2, 0.65), (0.4, 0.9), (2.4, 0.4), (1, 0.95), (1.6, 0.4), (3, 0.65), (-0.4, 1),
+        (0.8, 0.75), (1.6, 0.8), (3, 0.4), (0, 1), (2, 0.55), (2.6, 0.75), (1, 0.4), (0.6, 0.9),
+    ),
+    (3, "sym"): (
+        -4.3, -5, -3.8, 4.6, -3.2, -5.7, -4.6, -4.1, 5.1, 4.1, -6.8, -5.3, 5.7, -4.8, -4, -4.4,
+    ),
+    (3, "pos"): (
+        4, 3.3, 4.8, 5.6, 4.4, 3, 3.7, 6.3, 5.1, 4.2, 3.5, 4.6, 3.2, 3.9, 6.9, 5.3,
+    ),
+    (3, "zp"): (
+        (1, 0.9), (2.25, 0.7), (0.25, 0.95), (3, 0.75), (-0.5, 1), (1.25, 0.7), (1.75, 0.9), (3.5, 0.6),
+        (4.75, 0.65), (0.75, 0.9), (2.5, 0.9), (2.75, 0.6), (-1.25, 1), (1.25, 0.9), (1.75, 0.7), (0, 1),
+        (3.75, 0.8), (0.5, 0.95), (4, 0.6), (1, 0.65), (2.25, 0.9), (5.75, 0.6), (2, 0.6), (-0.75, 1),
+    ),
+    (4, "sym"): (
+        -8.2, -7.2, -8.8, -7.8, -9.6, -8.4, 8.4, -8, -7, -9.2, -6.2, -10.2, 9, -8.6, -7.4, 8, -9, -11.2, 9.8,
+        -6.8, -7.6, -6, 8.8, -9.8,
+    ),
+    (4, "pos"): (
+        7.7, 7.1, 8.4, 9.1, 8.1, 6.2, 7.4, 6.9, 10, 8.7, 7.9, 5.9, 9.5, 11, 7.3, 8.2, 6.7, 8.9, 7.5, 8.5,
+    ),
+    (4, "zp"): (
+        (0.5, 0.95), (2, 0.9), (-0.5, 1), (3.5, 0.8), (1, 0.95), (-1.5, 1), (2, 0.8), (3, 0.9), (0, 1),
+        (5, 0.7), (-2.5, 1), (1.5, 0.95), (4, 0.9), (3, 0.75), (-1, 1), (1, 0.85), (5.5, 0.8), (2.5, 0.85),
+        (4, 0.8), (-3.5, 1), (0.5, 1), (2.5, 0.7), (1.5, 0.85), (2.5, 0.95), (-2, 1), (4, 0.7), (7, 0.75),
+        (4.5, 0.75), (2, 1), (6, 0.7), (-3, 1), (3, 0.85), (3.5, 0.7), (5, 0.9), (3.5, 0.9), (2, 0.7),
+    ),
+    (8, "sym"): (
+        127, 125, 126, 123, 124, 122, 120, 121, 119, 118, 128, 116, 117, 114, 115, 112, 113, 107, 111, 110,
+    ),
+    (8, "zp"): (
+        (0, 1), (-2.5, 1), (-5, 1), (-7.5, 1), (-12.5, 1), (-10, 1), (-15, 1), (-17.5, 1), (-20, 1),
+        (-22.5, 1), (-25, 1), (-27.5, 1), (-30, 1), (-32.5, 1), (2.5, 1), (-37.5, 1), (-35, 1), (-40, 1),
+    ),
+}
 # fmt: on
 
 SEARCHES: dict[str, Searches] = {
@@ -103,3 +147,29 @@ SEARCHES: dict[str, Searches] = {
     "IQ4_XS": presets(_UNEVEN, (6, 0, 0), (12, 1, 2), (28, 2, 3)),
 }
 """How hard each of ggml's block types is fitted, keyed by type name."""
+
+GROUP_SEARCHES: dict[tuple[int, str], Searches] = {
+    (2, "sym"): presets(_GROUPS[2, "sym"], (3, 0, 0), (8, 1, 0), (12, 2, 0)),
+    (2, "pos"): presets(_GROUPS[2, "pos"], (3, 0, 0), (8, 1, 0), (12, 2, 0)),
+    (2, "zp"): presets(_GROUPS[2, "zp"], (4, 0, 0), (8, 1, 1), (16, 2, 2)),
+    (3, "sym"): presets(_GROUPS[3, "sym"], (3, 0, 0), (10, 1, 0), (16, 2, 0)),
+    (3, "pos"): presets(_GROUPS[3, "pos"], (3, 0, 0), (10, 1, 0), (16, 2, 0)),
+    (3, "zp"): presets(_GROUPS[3, "zp"], (4, 0, 0), (10, 1, 1), (24, 2, 2)),
+    (4, "sym"): presets(_GROUPS[4, "sym"], (3, 0, 0), (10, 1, 0), (24, 2, 0)),
+    (4, "pos"): presets(_GROUPS[4, "pos"], (3, 0, 0), (10, 1, 0), (20, 2, 0)),
+    (4, "zp"): presets(_GROUPS[4, "zp"], (4, 0, 0), (10, 1, 1), (36, 2, 2)),
+    (8, "sym"): presets(_GROUPS[8, "sym"], (1, 0, 0), (5, 1, 0), (20, 1, 0)),
+    (8, "pos"): presets(_GROUPS[8, "sym"], (1, 0, 0), (5, 1, 0), (20, 1, 0)),
+    (8, "zp"): presets(_GROUPS[8, "zp"], (1, 0, 0), (5, 1, 0), (18, 1, 1)),
+}
+"""How hard groups of integers are fitted, keyed by bits and kind (see llmx.quant.groups)."""
+
+FP8_SEARCHES: Searches = presets((448, 384, 416, 352, 320, 288, 256, 240), (1, 0, 0), (4, 1, 0), (8, 2, 0))
+"""How hard a scale of FP8 is looked for: the value that the weight of largest magnitude gets, over one octave."""
+
+STEP_SEARCHES: dict[str, Mapping[Effort, tuple[int, ...]]] = {
+    "e8m0": {"fast": (0, -1), "balanced": (0, -1), "best": (0, -1, -2, 1)},
+    # From 3 on the largest weight is put on the level 4, not 6: the gap between the two is the widest of all.
+    "e4m3": {"fast": (0, -1, 4), "balanced": (0, -1, 4, 5, 3, -2), "best": (0, -1, 4, 5, 3, -2, 1, 2, 6, -3)},
+}
+"""Which scales are tried where only a few can be stored, counted from the smallest that clips nothing."""

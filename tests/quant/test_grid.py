@@ -14,6 +14,7 @@ from llmx.formats.ggml_packers import pack, unpack
 from llmx.quant.grid import ENCODABLE, GRIDS, encode, overflow
 
 ROWS, COLS = 24, 512
+FINE_SCALES = [name for name in GRIDS if name != "MXFP4"]  # its scales are powers of two: see test_grids.py
 
 
 def weights(seed: int = 0, rows: int = ROWS) -> np.ndarray:
@@ -45,7 +46,7 @@ def error(weight: np.ndarray, again: np.ndarray, columns: np.ndarray | float = 1
     return float((columns * (weight.astype(np.float64) - again) ** 2).sum())
 
 
-@pytest.mark.parametrize("type_name", GRIDS)
+@pytest.mark.parametrize("type_name", FINE_SCALES)
 def test_the_error_is_below_that_of_plain_rounding_on_unquantized_scales(type_name: str) -> None:
     weight = weights()
     assert error(weight, decode(type_name, encode(type_name, weight))) < 0.98 * error(weight, naive(type_name, weight))
@@ -90,7 +91,7 @@ def test_zero_rows_are_zero_again(type_name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [0.3, -0.3, 0.05, -57.0])
-@pytest.mark.parametrize("type_name", GRIDS)
+@pytest.mark.parametrize("type_name", FINE_SCALES)
 def test_constant_rows_come_back_within_the_precision_of_float16(type_name: str, value: float) -> None:
     again = decode(type_name, encode(type_name, np.full((2, COLS), value, np.float32)))
     assert np.abs(again - value).max() <= abs(value) * 2e-3

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llmx.formats.ggml_decode import LEVELS
 from llmx.quant.affine import loss, solve
 from llmx.quant.compiled import compiled
+from llmx.quant.ggml_grids import GGML_GRIDS
 from llmx.quant.grid import GRIDS
 from llmx.quant.lanes import best_step
 from llmx.quant.nonlinear import MIDPOINTS, nearest_uneven
@@ -81,7 +82,7 @@ def test_no_integer_scale_or_minimum_has_a_better_neighbour(name: str, effort: E
     assert better.mean() <= share
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", [row.name for row in GGML_GRIDS])
 def test_more_effort_lowers_the_error(name: str) -> None:
     weight = np.random.default_rng(5).standard_t(6, (32, 1024)).astype(f32)
     fast, balanced, best = (weighted_error(name, weight, GRIDS[name].fit(weight, None, e)).sum() for e in EFFORTS)
