@@ -1,27 +1,27 @@
 """Wall time, CPU time and peak memory of exporting large random checkpoints of many shards.
 
-    python bench/large.py --sizes 1.1,4.4 --types Q4_K_M [--keep FOLDER] [--threads 2] [--quantize llama-quantize]
+    python bench/large.py [--sizes 1.1,4.4] [--types Q4_K_M] [--keep FOLDER] [--threads 2] \\
+        [--quantize llama-quantize | --stock-python PYTHON] [--convert convert_hf_to_gguf.py]
 
 Memory must follow the largest tensor, not the model: the peaks of the sizes should agree. Each export is a process of
-its own, without validation; the figures are the operating system's own for that process. With --quantize, stock
-llama-quantize then makes the same type from a BF16 GGUF file (its conversion from the checkpoint is not counted, ours
-is), and the ratio of the times is printed.
+its own, without validation; the figures are the operating system's own for that process. Where stock is given it makes
+the same type: from the folder with --convert, else from a BF16 file that we made ("quantize only": reading the
+checkpoint is counted for us and not for it). bench/quantize.py measures speed with repeats; this is one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import stock
+from stock import Cost, Stock
 
 from llmx.formats.safetensors import write_safetensors
 from llmx.models.families import describe
@@ -31,8 +31,10 @@ TOKENIZER = ROOT / "examples" / "tiny-qwen3"
 SHARD_BYTES = 500 << 20
 CHUNK = 1 << 22  # values
 
+WARM_UP = "0.02"
 # billions of parameters -> hidden, intermediate, layers, heads, grouped heads
 SHAPES = {
+    WARM_UP: (256, 512, 1, 8, 2),
     "1.1": (2048, 5632, 22, 32, 4),
     "4.4": (3200, 8640, 36, 50, 25),
 }
@@ -42,6 +44,7 @@ def config_of(size: str) -> dict[str, Any]:
     """A llama config of about that many billions of parameters."""
     hidden, intermediate, layers, heads, grouped = SHAPES[size]
     return {
+        "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": 32000,
         "hidden_size": hidden,
@@ -59,12 +62,19 @@ def config_of(size: str) -> dict[str, Any]:
 
 
 def make(size: str, folder: Path) -> int:
-    """Write the checkpoint, in shards of about 500 MB with an index; returns its bytes."""
+    """Write the checkpoint unless it is there, in shards of about 500 MB with an index; returns its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(size)
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        _write_weights(config, folder, index)
+    return json.loads(index.read_text())["metadata"]["total_size"]
+
+
+def _write_weights(config: dict[str, Any], folder: Path, index: Path) -> None:
     # One block of normal values, repeated: what the encoders cost depends on the values' spread alone.
     values = np.random.default_rng(0).standard_normal(CHUNK, dtype=np.float32) * np.float32(0.02)
     block = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
@@ -80,9 +90,7 @@ def make(size: str, folder: Path) -> int:
         write_safetensors(folder / name, [(n, "BF16", shape, _fill(block, nbytes)) for n, shape, nbytes in shard])
         weight_map |= {tensor: name for tensor, _, _ in shard}
     total = sum(nbytes for shard in shards for _, _, nbytes in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
+    index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
 def _fill(block: bytes, nbytes: int) -> Iterator[bytes]:
@@ -90,43 +98,34 @@ def _fill(block: bytes, nbytes: int) -> Iterator[bytes]:
         yield block[: min(len(block), nbytes - start)]
 
 
-def export(folder: Path, type_name: str, threads: int, target: Path) -> dict[str, float]:
-    """One export in its own process: wall s, CPU s, peak MB, MB written."""
+def export(folder: Path, type_name: str, threads: int, target: Path, *options: str) -> Cost:
+    """What one export costs in its own process."""
     command = [sys.executable, "-m", "llmx.cli", "export", str(folder), "--type", type_name, "-o", str(target)]
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    # --json: the export's own peak; getrusage of the children is the largest of all of them.
-    done = subprocess.run(
-        [*command, "--threads", str(threads), "--no-validate", "--force", "--json"], check=True, capture_output=True
+    return stock.measured([*command, "--threads", str(threads), "--no-validate", "--force", *options], threads)
+
+
+def warm_up(types: Sequence[str], threads: int, scratch: Path, *options: str) -> None:
+    """Fill numba's cache with what these types need, on a checkpoint too small to count, in scratch / WARM_UP."""
+    make(WARM_UP, scratch / WARM_UP)
+    for type_name in types:
+        export(scratch / WARM_UP, type_name, threads, scratch / "warm-up.gguf", *options)
+
+
+def _row(size: str, type_name: str, total: int, written: int, ours: Cost) -> str:
+    return (
+        f"{size + ' B':>6} {type_name:8} {total / 1e6:8.0f} {written / 1e6:8.0f} {ours.wall:7.1f} "
+        f"{ours.cpu:7.1f} {ours.peak:8.0f}"
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    told = json.loads(done.stdout)
-    return {
-        "wall": time.monotonic() - started,
-        "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "peak": told["peak_rss_bytes"] / 1e6,
-        "written": told["bytes"] / 1e6,
-    }
 
 
-def stock(binary: Path, source: Path, type_name: str, threads: int, target: Path) -> dict[str, float]:
-    """The same type by stock llama-quantize, from a GGUF file: wall s, CPU s."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    command = [str(binary), str(source), str(target), type_name, str(threads)]
-    subprocess.run(command, check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall": time.monotonic() - started, "cpu": cpu}
+def _compared(ours: Cost, theirs: Cost, what: str) -> str:
+    wall, cpu = ours.wall / theirs.wall, ours.cpu / theirs.cpu
+    return f"wall {wall:.2f} ({theirs.wall:.1f} s), CPU {cpu:.2f} ({theirs.cpu:.1f} s), {theirs.peak:.0f} MB; {what}"
 
 
-def _row(size: str, type_name: str, total: int, row: dict[str, float], theirs: dict[str, float] | None) -> str:
-    line = (
-        f"{size + ' B':>6} {type_name:8} {total / 1e6:8.0f} {row['written']:8.0f} {row['wall']:7.1f} "
-        f"{row['cpu']:7.1f} {row['peak']:8.0f}"
-    )
-    if theirs is None:
-        return f"{line}  not run"
-    wall, cpu = row["wall"] / theirs["wall"], row["cpu"] / theirs["cpu"]
-    return f"{line}  wall {wall:.2f} ({theirs['wall']:.1f} s), CPU {cpu:.2f} ({theirs['cpu']:.1f} s)"
+def _stock(tools: Stock, source: Path, type_name: str, converted: Cost | None, threads: int, target: Path) -> Cost:
+    quantized = tools.quantize(source, target, type_name, threads=threads)
+    return converted.then(quantized) if converted else quantized
 
 
 def main() -> None:
@@ -135,24 +134,32 @@ def main() -> None:
     parser.add_argument("--types", default="Q4_K_M")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="make the checkpoints here and keep them")
-    parser.add_argument("--quantize", type=Path, help="stock llama-quantize")
+    stock.add_options(parser)
     options = parser.parse_args()
+    tools = stock.chosen(options)
+    print(stock.machine())
     header = f"{'size':>6} {'type':8} {'in MB':>8} {'out MB':>8} {'wall s':>7} {'CPU s':>7} {'peak MB':>8}"
-    print(f"{header}  ours / stock llama-quantize")
+    print(f"{header}  ours / stock: {tools.words}")
+    types = options.types.split(",")
     with tempfile.TemporaryDirectory() as scratch:
+        warm_up(types, options.threads, Path(scratch))
+        source, target, theirs = (Path(scratch) / name for name in ("bf16.gguf", "ours.gguf", "stock.gguf"))
         for size in options.sizes.split(","):
             folder = (options.keep or Path(scratch)) / f"random-{size}b"
-            index = folder / "model.safetensors.index.json"
-            total = json.loads(index.read_text())["metadata"]["total_size"] if index.exists() else make(size, folder)
-            source, target = Path(scratch) / "bf16.gguf", Path(scratch) / "out.gguf"
-            if options.quantize:
-                export(folder, "BF16", options.threads, source)
-            for type_name in options.types.split(","):
+            total = make(size, folder)
+            converted, maker = None, ""
+            if tools.here:
+                source.unlink(missing_ok=True)
+                converted, maker = stock.float_file(tools, folder, "BF16", source, options.threads)
+            what = "convert and quantize" if converted else f"quantize only, source by {maker}"
+            for type_name in types:
                 ours = export(folder, type_name, options.threads, target)
-                theirs = None
-                if options.quantize:
-                    theirs = stock(options.quantize, source, type_name, options.threads, Path(scratch) / "stock.gguf")
-                print(_row(size, type_name, total, ours, theirs), flush=True)
+                row = _row(size, type_name, total, target.stat().st_size, ours)
+                if tools.here:
+                    cost = _stock(tools, source, type_name, converted, options.threads, theirs)
+                    print(f"{row}  {_compared(ours, cost, what)}", flush=True)
+                else:
+                    print(f"{row}  not run", flush=True)
 
 
 if __name__ == "__main__":
