@@ -138,9 +138,7 @@ def arrange_rows(model: Model, entry: Entry, start: int, stop: int, rows: Mappin
     return _gathered(model, entry, start, stop, lambda piece: lambda low, high: rows[piece.spec.name][low:high])
 
 
-def _gathered(
-    model: Model, entry: Entry, start: int, stop: int, reader: Callable[[Piece], RowReader]
-) -> np.ndarray:
+def _gathered(model: Model, entry: Entry, start: int, stop: int, reader: Callable[[Piece], RowReader]) -> np.ndarray:
     parts = [
         _transformed(model, piece, low, high, reader(piece)) for piece, low, high in _spans(model, entry, start, stop)
     ]

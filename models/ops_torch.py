@@ -24,6 +24,11 @@ ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """activation(x @ gate.T) · (x @ up.T): what the down projection of a gated MLP is given."""
+    return ACTIVATIONS[activation](functional.linear(x, gate)) * functional.linear(x, up)
+
+
 def _rms_norm(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
     return normed if bias is None else normed + bias
@@ -147,20 +152,24 @@ class TorchOps:
         activation: Activation,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        shares = functional.softmax(functional.linear(rows, self._load(router)), dim=-1)
-        weights, chosen = torch.topk(shares, used, dim=-1)
-        if normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights, chosen = self.route(rows, router, used=used, normalize=normalize)
         result = torch.zeros_like(rows)
         for expert in chosen.unique().tolist():
             row, place = torch.where(chosen == expert)
-            gate, up, down = (self._expert(matrix, expert) for matrix in matrices)
-            states = rows[row]
-            states = ACTIVATIONS[activation](functional.linear(states, gate)) * functional.linear(states, up)
+            gate, up, down = (self.expert(matrix, expert) for matrix in matrices)
+            states = gated(rows[row], gate, up, activation)
             result.index_add_(0, row, functional.linear(states, down) * weights[row, place, None])
         return result.view(x.shape)
 
-    def _expert(self, weight: Weight, expert: int) -> torch.Tensor:
+    def route(
+        self, rows: torch.Tensor, router: Weight, *, used: int, normalize: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weights f32[rows, used], experts i64[rows, used]) that the router gives each row f32[rows, H]."""
+        shares = functional.softmax(functional.linear(rows, self._load(router)), dim=-1)
+        weights, chosen = torch.topk(shares, used, dim=-1)
+        return (weights / weights.sum(dim=-1, keepdim=True) if normalize else weights), chosen
+
+    def expert(self, weight: Weight, expert: int) -> torch.Tensor:
         """f32[out, in] of one expert."""
         out = weight.spec.shape[1]
         return self._load(weight, expert * out, (expert + 1) * out)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -20,54 +19,24 @@ from llmx.models.architecture import Activation, Architecture, NormKind, Role, R
 from llmx.models.decoder import embed, head, layer
 from llmx.models.model import Model, Weight
 from llmx.models.ops_torch import ACTIVATIONS, TorchOps
-from llmx.quant.statistics import Inputs, Statistics, statistics
+from llmx.quant.calibrate_experts import ExpertMatrices, mixture
+from llmx.quant.inputs import Batch, MatrixInputs, Pair, StatisticsStore, Value, flat
+from llmx.quant.statistics import Inputs
 from llmx.quant.workers import Workers
 
 Tensor = torch.Tensor
-Pair = tuple[Tensor, Tensor]  # float, quantized: the same object where nothing has been quantized yet
 
 
 class Solver(Protocol):
-    """Who turns matrices into quantized ones during the walk."""
+    """Who turns matrices into quantized ones during the walk. None leaves a matrix as it is."""
 
-    def matrix(self, weight: Weight, expert: int | None, statistics: Callable[[], Statistics]) -> Tensor | None:
-        """The quantized weights f32[out, in] of a matrix or one of its experts; None leaves it as it is."""
+    def matrix(self, weight: Weight, expert: int | None, inputs: MatrixInputs) -> Tensor | None:
+        """The quantized weights f32[out, in] of a matrix, or of one expert of a stacked one."""
         ...
 
     def table(self, weight: Weight) -> Tensor | None:
-        """The quantized embedding f32[vocab, hidden]; None leaves it as it is."""
+        """The quantized embedding f32[vocab, hidden]."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Sequences of equal length. tokens: i64[sequences, length]. held_out: to judge on, not to fit on."""
-
-    tokens: Tensor
-    held_out: bool
-
-
-class Value:
-    """One tensor of the forward pass, for every batch."""
-
-    __slots__ = ("_compute", "_kept", "statistics")
-
-    def __init__(self, compute: Callable[[int], Pair]) -> None:
-        self._compute: Callable[[int], Pair] | None = compute
-        self._kept: list[Pair] | None = None
-        self.statistics: object = None  # of the matrices that have this input
-
-    def at(self, batch: int) -> Pair:
-        if self._kept is not None:
-            return self._kept[batch]
-        assert self._compute is not None
-        return self._compute(batch)
-
-    def keep(self, count: int, workers: Workers) -> None:
-        """Compute every batch now and hold it; what it was computed from is let go."""
-        if self._kept is None:
-            self._kept = workers.map(self.at, range(count))
-            self._compute = None
 
 
 def both(pair: Pair, work: Callable[[Tensor], Tensor]) -> Pair:
@@ -76,21 +45,33 @@ def both(pair: Pair, work: Callable[[Tensor], Tensor]) -> Pair:
     return first, first if pair[1] is pair[0] else work(pair[1])
 
 
-def paired(a: Pair, b: Pair, work: Callable[[Tensor, Tensor], Tensor]) -> Pair:
-    first = work(a[0], b[0])
-    return first, first if a[1] is a[0] and b[1] is b[0] else work(a[1], b[1])
+def each(pairs: Sequence[Pair], work: Callable[..., Tensor]) -> Pair:
+    """work on all the float tensors, and on all the quantized ones unless they are the same."""
+    first = work(*(a for a, _ in pairs))
+    return first, first if all(b is a for a, b in pairs) else work(*(b for _, b in pairs))
 
 
 class PairedOps:
     """The decoder's operations over Values."""
 
-    def __init__(self, model: Model, batches: Sequence[Batch], solver: Solver, workers: Workers, device: str) -> None:
+    def __init__(
+        self,
+        model: Model,
+        batches: Sequence[Batch],
+        solver: Solver,
+        workers: Workers,
+        *,
+        device: str,
+        store: StatisticsStore | None,
+    ) -> None:
         self._architecture: Architecture = model.architecture
-        self._batches, self._solver, self._workers = batches, solver, workers
+        self._batches, self._solver, self._workers, self._store = batches, solver, workers, store
         self._torch = TorchOps(device=device)
         self._device = device
         self._residuals: list[Value] = []  # the residual stream after each addition, the newest last
-        self._has_post_norm = any(spec.role in ("attention_post_norm", "ffn_post_norm") for spec in model.architecture.tensors)
+        roles = {spec.role for spec in model.architecture.tensors}
+        # A norm between a matrix and the stream would change the error it is asked to make up for.
+        self._post_normed = bool(roles & {"attention_post_norm", "ffn_post_norm"})
 
     def embed(self, indices: Value, table: Weight) -> Value:
         solved = self._solver.table(table) if table.spec.role == "embedding" else None
@@ -109,9 +90,8 @@ class PairedOps:
         return Value(lambda batch: both(x.at(batch), normed))
 
     def linear(self, x: Value, weight: Weight, bias: Weight | None) -> Value:
+        solved = self._solver.matrix(weight, None, self._inputs(x, weight))
         exact = self._load(weight)
-        residual = self._residuals[-1] if self._writes_residual(weight.spec.role) else None
-        solved = self._solver.matrix(weight, None, lambda: self._statistics(x, residual))
         rounded = exact if solved is None else solved
         shift = None if bias is None else self._load(bias)[0]
 
@@ -123,10 +103,10 @@ class PairedOps:
         return Value(product)
 
     def add(self, a: Value, b: Value) -> Value:
-        return self.enter(Value(lambda batch: paired(a.at(batch), b.at(batch), torch.add)))
+        return self.enter(Value(lambda batch: each((a.at(batch), b.at(batch)), torch.add)))
 
     def multiply(self, a: Value, b: Value) -> Value:
-        return Value(lambda batch: paired(a.at(batch), b.at(batch), torch.mul))
+        return Value(lambda batch: each((a.at(batch), b.at(batch)), torch.mul))
 
     def scale(self, x: Value, factor: float) -> Value:
         return Value(lambda batch: both(x.at(batch), lambda values: values * factor))
@@ -154,45 +134,62 @@ class PairedOps:
             places = positions.at(batch)[0]
 
             def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-                return self._torch.attention(
-                    layer, queries, keys, values, positions=places, scale=scale, window=window
-                )
+                return self._torch.attention(layer, queries, keys, values, positions=places, scale=scale, window=window)
 
-            (q0, q1), (k0, k1), (v0, v1) = q.at(batch), k.at(batch), v.at(batch)
-            first = attend(q0, k0, v0)
-            return first, first if q1 is q0 and k1 is k0 and v1 is v0 else attend(q1, k1, v1)
+            return each((q.at(batch), k.at(batch), v.at(batch)), attend)
 
         return Value(attended)
+
+    def experts(
+        self,
+        x: Value,
+        router: Weight,
+        matrices: tuple[Weight, Weight, Weight],
+        *,
+        used: int,
+        normalize: bool,
+        activation: Activation,
+    ) -> Value:
+        self._settle(x)
+        residual = None if self._post_normed else self._residuals[-1]
+        layer = ExpertMatrices(router, matrices, used, normalize, activation)
+        return mixture(self._torch, x, residual, layer, self._batches, self._solver.matrix, self._store, self._workers)
 
     def enter(self, residual: Value) -> Value:
         """Notes that this is the residual stream from here on."""
         self._residuals.append(residual)
         return residual
 
+    def _settle(self, x: Value) -> None:
+        """Hold x and the residual stream up to here, in order, so that each is computed from the one before it."""
+        for passed in self._residuals:
+            passed.keep(len(self._batches), self._workers)
+        del self._residuals[:-1]
+        x.keep(len(self._batches), self._workers)
+
+    def _inputs(self, x: Value, weight: Weight) -> MatrixInputs:
+        """What the solver may ask about the inputs of a matrix; matrices with one input share it."""
+        if x.asked is None:
+            residual = self._residuals[-1] if self._writes_residual(weight.spec.role) else None
+
+            def gather() -> list[Inputs]:
+                self._settle(x)
+                return [self._batch_of(number, x, residual) for number in range(len(self._batches))]
+
+            x.asked = MatrixInputs(weight.spec.name.removesuffix(".weight"), gather, self._store, self._workers)
+        return x.asked
+
     def _writes_residual(self, role: Role) -> bool:
-        """Whether the matrix is added to the residual stream as it is: a norm between would change its error."""
-        return role in ("o", "down") and not self._has_post_norm
+        return role in ("o", "down") and not self._post_normed
 
-    def _statistics(self, x: Value, residual: Value | None) -> Statistics:
-        """Of the matrices with this input, gathered once."""
-        if x.statistics is None:
-            count = len(self._batches)
-            for passed in self._residuals:  # in order, so that each is computed from the one before it
-                passed.keep(count, self._workers)
-            del self._residuals[:-1]
-            x.keep(count, self._workers)
-            x.statistics = statistics([self._inputs(n, x, residual) for n in range(count)], self._workers)
-        assert isinstance(x.statistics, Statistics)
-        return x.statistics
-
-    def _inputs(self, number: int, x: Value, residual: Value | None) -> Inputs:
+    def _batch_of(self, number: int, x: Value, residual: Value | None) -> Inputs:
         a, b = x.at(number)
         error = None
         if residual is not None:
             exact, moved = residual.at(number)
-            error = None if moved is exact else _flat(exact) - _flat(moved)
-        flat = _flat(a)
-        return Inputs(flat, flat if b is a else _flat(b), error, held_out=self._batches[number].held_out)
+            error = None if moved is exact else flat(exact) - flat(moved)
+        first = flat(a)
+        return Inputs(first, first if b is a else flat(b), error, held_out=self._batches[number].held_out)
 
     def _load(self, weight: Weight) -> Tensor:
         values = torch.from_numpy(weight.read()).to(self._device)
@@ -200,13 +197,19 @@ class PairedOps:
         return values
 
 
-def _flat(values: Tensor) -> Tensor:
-    return values.reshape(-1, values.shape[-1])
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Token sequences to walk, in batches of one length. store: keeps statistics for a later run, or None."""
+
+    batches: tuple[Batch, ...]
+    device: str = "cpu"
+    store: StatisticsStore | None = None
 
 
-def walk(model: Model, batches: Sequence[Batch], solver: Solver, workers: Workers, device: str = "cpu") -> None:
+def walk(model: Model, calibration: Calibration, solver: Solver, workers: Workers) -> None:
     """Walk the whole model; every matrix goes through the solver once, in the order of the forward pass."""
-    ops = PairedOps(model, batches, solver, workers, device)
+    batches, device = calibration.batches, calibration.device
+    ops = PairedOps(model, batches, solver, workers, device=device, store=calibration.store)
     tokens = Value(lambda batch: (batches[batch].tokens,) * 2)
     positions = Value(lambda batch: (torch.arange(batches[batch].tokens.shape[1], device=device),) * 2)
     with torch.inference_mode():

@@ -103,9 +103,7 @@ def target(weight: Tensor, prepared: Prepared, shares: tuple[float, ...]) -> tup
     return best if best is not None else (weight, shares[-1], 0.0)
 
 
-def solve(
-    weight: Tensor, prepared: Prepared, grid: Grid, options: SolveOptions, workers: Workers
-) -> Solution:
+def solve(weight: Tensor, prepared: Prepared, grid: Grid, options: SolveOptions, workers: Workers) -> Solution:
     """The best scales and codes for weight (f32[out, in]) among the methods of `options`."""
     started = time.monotonic()
     found = prepared.statistics
@@ -128,7 +126,11 @@ def solve(
     results = {}
     for number, method in enumerate(options.methods):
         value = torch.cat([part[number].value().T for part in parts])
-        results[method] = (loss(weight, value, found.held_out, judged) / energy, value, [part[number] for part in parts])
+        results[method] = (
+            loss(weight, value, found.held_out, judged) / energy,
+            value,
+            [part[number] for part in parts],
+        )
     best = min(results, key=lambda name: results[name][0])
     lost, value, kept = results[best]
     return Solution(

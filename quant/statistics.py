@@ -13,7 +13,7 @@ Source of the asymmetric target: GPTAQ, arXiv 2504.02692; the residual's error i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -114,13 +114,10 @@ def statistics(batches: Sequence[Inputs], workers: Workers) -> Statistics:
     """
     fit = [batch for batch in batches if not batch.held_out] or list(batches)
     judge = [batch for batch in batches if batch.held_out] or fit
-    squares = torch.stack(workers.map(lambda batch: batch.float_.square().sum(0), batches)).sum(0)
     fitted = moments(fit, workers)
-    return Statistics(fitted, fitted if judge is fit else moments(judge, workers), squares)
+    return Statistics(fitted, fitted if judge is fit else moments(judge, workers), sum_of_squares(batches, workers))
 
 
-def without_residual(found: Statistics) -> Statistics:
-    """The same statistics for a matrix that does not write the residual stream."""
-    return replace(
-        found, fitted=replace(found.fitted, residual=None), held_out=replace(found.held_out, residual=None)
-    )
+def sum_of_squares(batches: Sequence[Inputs], workers: Workers) -> Tensor:
+    """f32[in]: Σ x² of the float inputs, added batch by batch."""
+    return torch.stack(workers.map(lambda batch: batch.float_.square().sum(0), batches)).sum(0)

@@ -1,0 +1,111 @@
+"""What flows through the calibration pass, and what a solver may ask about the inputs of a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from llmx.quant.statistics import Inputs, Statistics, statistics, sum_of_squares
+from llmx.quant.workers import Workers
+
+Tensor = torch.Tensor
+Pair = tuple[Tensor, Tensor]  # float, quantized: the same object where nothing has been quantized yet
+BATCH_TOKENS = 2048  # one worker's share; fixed, because the order of the sums depends on it
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences of equal length. tokens: i64[sequences, length]. held_out: to judge on, not to fit on."""
+
+    tokens: Tensor
+    held_out: bool
+
+
+def batches(sequences: Sequence[Sequence[int]], held_out_every: int, device: str = "cpu") -> tuple[Batch, ...]:
+    """The sequences in batches of about BATCH_TOKENS; every n-th sequence is held out (0: none)."""
+    size = max(1, BATCH_TOKENS // len(sequences[0]))
+    judged = [s for n, s in enumerate(sequences) if held_out_every and n % held_out_every == held_out_every - 1]
+    fitted = [s for n, s in enumerate(sequences) if not held_out_every or n % held_out_every != held_out_every - 1]
+    return tuple(
+        Batch(torch.tensor(part[start : start + size], device=device), held_out)
+        for part, held_out in ((fitted, False), (judged, True))
+        for start in range(0, len(part), size)
+    )
+
+
+class StatisticsStore(Protocol):
+    """Keeps statistics between runs."""
+
+    def load(self, key: str) -> Statistics | None: ...
+
+    def save(self, key: str, found: Statistics) -> None: ...
+
+
+class MatrixInputs:
+    """The inputs of one or more matrices. key: the first matrix with them, "layers.3.q"; with its number, an expert's.
+
+    pooled: an expert that too few tokens reached is given all tokens instead.
+    """
+
+    __slots__ = ("_found", "_gather", "_store", "_workers", "key", "pooled")
+
+    def __init__(
+        self,
+        key: str,
+        gather: Callable[[], list[Inputs]],
+        store: StatisticsStore | None,
+        workers: Workers,
+        *,
+        pooled: bool = False,
+    ) -> None:
+        self.key, self.pooled = key, pooled
+        self._gather, self._store, self._workers = gather, store, workers
+        self._found: Statistics | None = None
+
+    def statistics(self) -> Statistics:
+        """All second moments: gathered at the first call, or read where an earlier run kept them."""
+        if self._found is None:
+            self._found = self._store.load(self.key) if self._store is not None else None
+        if self._found is None:
+            self._found = statistics(self._gather(), self._workers)
+            if self._store is not None:
+                self._store.save(self.key, self._found)
+        return self._found
+
+    def squares(self) -> tuple[Tensor, int]:
+        """(f32[in], tokens): the sum over tokens of the float inputs' squares, what an importance matrix holds."""
+        if self._found is not None:
+            return self._found.squares, self._found.tokens
+        gathered = self._gather()
+        return sum_of_squares(gathered, self._workers), sum(len(batch.float_) for batch in gathered)
+
+
+class Value:
+    """One tensor of the forward pass, for every batch: computed when asked for, held when `keep` says so."""
+
+    __slots__ = ("_compute", "_kept", "asked")
+
+    def __init__(self, compute: Callable[[int], Pair]) -> None:
+        self._compute: Callable[[int], Pair] | None = compute
+        self._kept: list[Pair] | None = None
+        self.asked: MatrixInputs | None = None  # of the matrices that have this input
+
+    def at(self, batch: int) -> Pair:
+        if self._kept is not None:
+            return self._kept[batch]
+        assert self._compute is not None, "a value is computed or kept"
+        return self._compute(batch)
+
+    def keep(self, count: int, workers: Workers) -> None:
+        """Compute every batch now and hold it; what it was computed from is let go."""
+        if self._kept is None:
+            self._kept = workers.map(self.at, range(count))
+            self._compute = None
+
+
+def flat(values: Tensor) -> Tensor:
+    """f32[tokens, n] of f32[sequences, length, n]."""
+    return values.reshape(-1, values.shape[-1])
