@@ -37,6 +37,7 @@ def problem(kind: Grid, seed: int) -> tuple[np.random.Generator, Floats, BlockSc
     """(random numbers, weights of several sizes, their scales, their codes)."""
     random = np.random.default_rng(seed)
     size = 10.0 ** random.uniform(-6, 2, (4, 1))
+    size[0] = 1  # not all so small that a float16 holds no scale for them
     weight = (random.standard_t(4, (4, COLS)) * size).astype(np.float32)
     scales = kind.fit(weight)
     return random, weight, scales, kind.round(weight, scales)
