@@ -35,7 +35,7 @@ Importance = Mapping[str, Floats]  # canonical name -> mean squared inputs, f32[
 
 KEPT_FLOAT: frozenset[Role] = frozenset({"router", "position_embedding"})  # small matrices that decide much
 HELD_BYTES = 512 << 20  # of all trials' hidden states at once
-LOGITS = 1 << 22  # of one thread at once
+LOGITS = 1 << 21  # of one thread at once: with their float64 copies about 100 MiB
 ROUNDED = 1 << 16  # weights rounded at a time: they stay in a core's cache
 SAMPLE = 1 << 19  # weights of a tensor that its squared errors are compared on
 
@@ -69,7 +69,9 @@ def measure(
 
     tokens: i64[sequences, length]. exact: run the model for every type; otherwise for each tensor's coarsest type
     alone, and the others follow from their squared errors, weighted by importance: for small errors the KL is linear
-    in them (the linearity theorem, HIGGS, arXiv 2411.17525). The same numbers for any number of threads.
+    in them (the linearity theorem, HIGGS, arXiv 2411.17525). A mixture of experts has also routes that flip, which one
+    flip makes no worse for the next: exact losses of single tensors then add up to more than the whole, scaled ones to
+    about the whole. The same numbers for any number of threads.
     Raises: UsageError for a tensor that is no candidate, a type that is unknown or does not divide the tensor's rows.
     """
     importance = importance or {}
