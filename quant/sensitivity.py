@@ -69,9 +69,9 @@ def measure(
 
     tokens: i64[sequences, length]. exact: run the model for every type; otherwise for each tensor's coarsest type
     alone, and the others follow from their squared errors, weighted by importance: for small errors the KL is linear
-    in them (the linearity theorem, HIGGS, arXiv 2411.17525). A mixture of experts has also routes that flip, which one
-    flip makes no worse for the next: exact losses of single tensors then add up to more than the whole, scaled ones to
-    about the whole. The same numbers for any number of threads.
+    in them (the linearity theorem, HIGGS, arXiv 2411.17525). In a mixture of experts an error also
+    flips routes, and a token's route flips once however many tensors are rounded: the exact losses of fine types then
+    add up to more than the whole, the scaled ones to about the whole. The same numbers for any number of threads.
     Raises: UsageError for a tensor that is no candidate, a type that is unknown or does not divide the tensor's rows.
     """
     importance = importance or {}
