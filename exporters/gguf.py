@@ -6,11 +6,12 @@ checkpoint rows -> [worker threads: read, permute, encode] -> [one writer: diges
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -19,17 +20,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from llmx.errors import IntegrityError
+from llmx.errors import IntegrityError, UsageError
 from llmx.exporters.gguf_families import GgufFamily, gguf_family
 from llmx.exporters.gguf_general import identify
 from llmx.exporters.gguf_metadata import (
     DIGESTS_KEY,
+    SOLVER_KEY,
     WRITTEN_TYPE_KEY,
     architecture_metadata,
     runtime_notes,
     short_digest,
 )
-from llmx.exporters.gguf_tensors import Entry, entries, passes_through, read_rows, release_rows
+from llmx.exporters.gguf_tensors import Entry, arrange_rows, entries, passes_through, read_rows, release_rows
 from llmx.exporters.gguf_types import FileType, Situation, TensorTypeOverride, tensor_type
 from llmx.exporters.gguf_vocab import limits, model_name, vocabulary, vocabulary_rows
 from llmx.exporters.plan import Plan, PlannedFile, Step
@@ -39,6 +41,7 @@ from llmx.models.architecture import Architecture
 from llmx.models.model import check_finite
 from llmx.progress import track
 from llmx.quant.grid import encode, largest_weight
+from llmx.quant.protocol import Effort
 
 if TYPE_CHECKING:
     from llmx.formats.imatrix import ImportanceMatrix
@@ -52,15 +55,21 @@ _BASE_MEMORY = 120 << 20
 _MEMORY_PER_WEIGHT = 16
 
 
+Rows = Mapping[str, npt.NDArray[np.uint8]]
+
+
 @dataclass(frozen=True, slots=True)
 class GgufOptions:
     """What the user chose."""
 
     file_type: FileType
     overrides: tuple[TensorTypeOverride, ...] = ()
+    types: Mapping[str, str] = field(default_factory=dict)  # canonical name -> type, of a recipe or a budget
     importance: ImportanceMatrix | None = None
+    solver: str | None = None  # SOLVED or SCALED, where weights are not just rounded
     split_max_bytes: int | None = None
     threads: int = 1
+    effort: Effort = "balanced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,8 @@ def prepare(model: Model, tokenizer: Tokenizer, options: GgufOptions) -> GgufExp
     metadata = architecture_metadata(architecture, family, rows) | identity.metadata | vocabulary(tokenizer, rows)
     metadata["general.name"] = text(model_name(tokenizer, identity.full.replace("-", " ")))
     metadata[WRITTEN_TYPE_KEY] = u32(options.file_type.id)
+    if options.solver is not None:
+        metadata[SOLVER_KEY] = text(options.solver)
     metadata[DIGESTS_KEY] = array("u64", [0] * len(steps))
     infos = [TensorInfo(step.name, step.type_name, step.shape) for step in steps]
     shards = [infos] if options.split_max_bytes is None else split(infos, options.split_max_bytes)
@@ -129,7 +140,7 @@ def planned_steps(
                 layer=entry.layer or 0,
                 queries_per_key=a.heads // a.kv_heads,
                 experts=a.experts,
-                importance=options.importance is not None,
+                importance=options.importance is not None or options.solver is not None,
             )
             type_name, wanted = tensor_type(
                 options.file_type,
@@ -138,10 +149,28 @@ def planned_steps(
                 situation,
                 tied=a.tied,
                 large_type=family.large_type,
-                overrides=options.overrides,
+                overrides=(*options.overrides, *_own_type(entry, options.types)),
             )
         nbytes = entry.rows * row_bytes(type_name, entry.columns)
         yield Step(entry.name, entry.role, entry.layer, entry.shape, type_name, nbytes, wanted)
+
+
+def _own_type(entry: Entry, types: Mapping[str, str]) -> tuple[TensorTypeOverride, ...]:
+    """The type that a recipe or a budget gives this tensor, as an override.
+
+    Raises: UsageError where the matrices that the tensor is fused of are given different ones.
+    """
+    given = {types.get(piece.spec.name) for piece in entry.pieces}
+    if len(given) > 1:
+        parts = [f"{piece.spec.name}: {types.get(piece.spec.name) or 'as the mix has it'}" for piece in entry.pieces]
+        raise UsageError(f"{entry.name} is one tensor of one type", problems=parts, fix="give all of them the same")
+    return tuple(TensorTypeOverride(re.compile(re.escape(entry.name)), name) for name in given if name is not None)
+
+
+def canonical_types(export: GgufExport) -> dict[str, str]:
+    """Canonical name -> the planned type of the tensor that it is part of, for matrices that are quantized."""
+    steps = zip(export.entries, export.plan.steps, strict=True)
+    return {piece.spec.name: step.type_name for e, step in steps if e.quantizable for piece in e.pieces}
 
 
 def _importance(matrix: ImportanceMatrix | None, planned: Sequence[Entry]) -> dict[str, npt.NDArray[np.float32]]:
@@ -216,9 +245,10 @@ def check_weights(export: GgufExport) -> None:
         raise IntegrityError("the checkpoint holds weights that cannot be exported", problems=problems)
 
 
-def write(export: GgufExport, targets: Sequence[Path]) -> tuple[str, ...]:
+def write(export: GgufExport, targets: Sequence[Path], solved: Rows | None = None) -> tuple[str, ...]:
     """Write all files of the export and return the sha256 of each tensor's data, in file order.
 
+    solved: rows that a solver made, canonical name -> u8[rows, row bytes]; other tensors are rounded here.
     The headers go in last, so that a file cut short by a crash is not a GGUF file at all.
     """
     places = {
@@ -234,7 +264,7 @@ def write(export: GgufExport, targets: Sequence[Path]) -> tuple[str, ...]:
             stream.truncate(shard.size)
         progress = stack.enter_context(track(total, "writing"))
         pool = stack.enter_context(ThreadPoolExecutor(export.options.threads))
-        for index, chunks in groupby(_encoded(export, pool), key=itemgetter(0)):
+        for index, chunks in groupby(_encoded(export, pool, solved or {}), key=itemgetter(0)):
             entry = export.entries[index]
             number, offset = places[entry.name]
             streams[number].seek(offset)
@@ -251,13 +281,13 @@ def write(export: GgufExport, targets: Sequence[Path]) -> tuple[str, ...]:
     return tuple(digest.hexdigest() for digest in digests)
 
 
-def _encoded(export: GgufExport, pool: Executor) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+def _encoded(export: GgufExport, pool: Executor, solved: Rows) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
     """The encoded chunks with their tensor's index, in file order, a few chunks ahead of the writer."""
     waiting: deque[tuple[int, Future[npt.NDArray[np.uint8]]]] = deque()
     ahead = 2 * export.options.threads
     for index, (entry, step) in enumerate(zip(export.entries, export.plan.steps, strict=True)):
         for start, stop in _chunks(entry):
-            waiting.append((index, pool.submit(_encode_rows, export, entry, step.type_name, start, stop)))
+            waiting.append((index, pool.submit(_encode_rows, export, entry, step.type_name, start, stop, solved)))
             if len(waiting) > ahead:
                 index_done, chunk = waiting.popleft()
                 yield index_done, chunk.result()
@@ -265,8 +295,12 @@ def _encoded(export: GgufExport, pool: Executor) -> Iterator[tuple[int, npt.NDAr
         yield index_done, chunk.result()
 
 
-def _encode_rows(export: GgufExport, entry: Entry, type_name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+def _encode_rows(
+    export: GgufExport, entry: Entry, type_name: str, start: int, stop: int, solved: Rows
+) -> npt.NDArray[np.uint8]:
     """u8[stop - start, row bytes]: one chunk, as the file holds it. Its pages go back to the system at once."""
+    if entry.pieces and all(piece.spec.name in solved for piece in entry.pieces):
+        return np.ascontiguousarray(arrange_rows(export.model, entry, start, stop, solved))
     raw = passes_through(export.model, entry, type_name)
     rows = read_rows(export.model, entry, start, stop, raw=raw)
     release_rows(export.model, entry, start, stop)
@@ -274,4 +308,4 @@ def _encode_rows(export: GgufExport, entry: Entry, type_name: str, start: int, s
         return np.ascontiguousarray(rows).view(np.uint8)
     importance = export.importance.get(entry.name)
     own = None if importance is None else importance[start // entry.rows_per_expert]
-    return encode(type_name, rows, own)
+    return encode(type_name, rows, own, effort=export.options.effort)

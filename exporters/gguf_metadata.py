@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 DIGESTS_KEY = "llmx.tensor_digests"
 # general.file_type once more: a program that requantizes the file changes that one and copies ours, digests and all.
 WRITTEN_TYPE_KEY = "llmx.file_type"
+# How weights were changed on purpose, beyond rounding. SOLVED: moved, to make up for what earlier layers lost.
+# SCALED: channels scaled besides, the inverse folded into the tensor before.
+SOLVER_KEY = "llmx.solver"
+SOLVED, SCALED = "solved", "solved and scaled"
 
 
 def short_digest(digest: bytes) -> int:

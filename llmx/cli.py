@@ -48,6 +48,26 @@ _what = _several(
     click.option("--split-max-size", metavar="SIZE", help="Split into files of at most this size, for example 2GB."),
     _revision,
 )
+_device = click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu or cuda.")
+_calibration = _several(
+    click.option(
+        "--calibration", type=_FILE, metavar="FILE", help="Text or JSON Lines to calibrate on. [default: built in]"
+    ),
+    click.option("--calibration-tokens", type=int, metavar="N", help="How many tokens of it. [default: by model size]"),
+    _device,
+)
+_how = _several(
+    click.option("--recipe", metavar="NAME|FILE", help="A recipe: q4_k_m+gptq, w4a16-awq, … or a YAML file."),
+    click.option("--method", help="auto, rtn, awq or gptq. [default: auto, which calibrates where it takes minutes]"),
+    click.option("--effort", help="fast, balanced or best. [default: balanced]"),
+    _calibration,
+    click.option(
+        "--statistics", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+        help="Keep the calibration's statistics here, and go on from those that are.",
+    ),
+    click.option("--target-size", metavar="SIZE", help="Choose every tensor's type so that the file fits, e.g. 900MB."),
+    click.option("--target-bpw", type=float, metavar="BITS", help="The same by bits per weight, for example 4.2."),
+)  # fmt: skip
 _limits = _several(
     click.option("--text", type=_FILE, help="Text to judge on. [default: a built-in mixed text]"),
     click.option("--max-kl", type=float, help="Largest mean KL divergence to pass."),
@@ -68,8 +88,7 @@ def commands() -> None:
 @commands.command(short_help="Quantize, write, rerun on the target runtime, report.")
 @click.argument("model")
 @_what
-@click.option("--method", default="auto", show_default=True, help="auto, rtn, awq or gptq.")
-@click.option("--calibration", type=_FILE, help="Calibration text, for the methods that calibrate.")
+@_how
 @click.option("-o", "--output", type=_ANY, default=Path(), show_default=".", help="A folder, or a .gguf file.")
 @_threads
 @click.option("--validate/--no-validate", default=True, show_default=True, help="Rerun the artifact on its runtime.")
@@ -84,6 +103,8 @@ def export(output: Path, validate: bool, force: bool, as_json: bool, **chosen: A
       llmx export ./SmolLM2-135M --format gguf --bits 4
       llmx export HuggingFaceTB/SmolLM2-135M --type Q5_K_M -o out/
       llmx export ./model --type Q4_K_M --imatrix imatrix.gguf --tensor-type 'attn_v=Q8_0'
+      llmx export ./model --bits 4 --method gptq --calibration my.txt --effort best
+      llmx export ./model --target-bpw 4.2 --calibration chats.jsonl
     """
     from llmx import api, describe
 
@@ -121,6 +142,7 @@ def validate(artifact: Path, reference: str, output: Path | None, as_json: bool,
 @commands.command(short_help="What an export would write, before a weight is read.")
 @click.argument("model")
 @_what
+@_how
 @_threads
 @_json
 def plan(as_json: bool, **chosen: Any) -> None:
@@ -132,8 +154,31 @@ def plan(as_json: bool, **chosen: Any) -> None:
     """
     from llmx import api, describe
 
-    planned = api.plan(_request(**chosen)).plan
-    _answer(as_json, planned.to_json(), lambda: describe.plan(planned))
+    planned = api.plan(_request(**chosen))
+    _answer(as_json, planned.described(), lambda: describe.plan(planned))
+
+
+@commands.command(short_help="Measure an importance matrix.")
+@click.argument("model")
+@_calibration
+@_revision
+@click.option("-o", "--output", type=_FILE, required=True, help="The importance matrix to write, a .gguf file.")
+@_threads
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@_json
+def calibrate(as_json: bool, **chosen: Any) -> None:
+    """Run MODEL over a text and write the mean squares of every matrix's inputs: an importance matrix.
+
+    Both llama-quantize and `llmx export --imatrix` read it.
+
+    \b
+    Example:
+      llmx calibrate ./model --calibration my.txt -o imatrix.gguf
+    """
+    from llmx import api, describe
+
+    result = api.calibrate(api.CalibrateRequest(**chosen))
+    _answer(as_json, result.to_json(), lambda: describe.calibrated(result))
 
 
 @commands.command(short_help="What a GGUF file holds.")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmx.api import ExportResult
-    from llmx.exporters.plan import Plan
+    from llmx.exporting import CalibrateResult, ExportResult, Prepared
     from llmx.validate.report import Report
 
 _SHOWN_ITEMS = 4
@@ -22,12 +22,23 @@ def export(result: ExportResult) -> str:
         f"  {result.plan['type']}, {_megabytes(result.nbytes)}, {result.plan['bits_per_weight']:.2f} bits per weight",
         f"  written in {result.seconds:.1f} s, peak memory {_megabytes(result.peak_rss_bytes)}",
         *_remarks(result.plan),
+        *_methods(result),
     ]
     if result.validation is None:
         lines.append("  not validated: run `llmx validate` before anybody relies on it")
     else:
         lines += ["", report(result.validation).rstrip()]
     return "\n".join([*lines, f"report: {result.report_path}"])
+
+
+def calibrated(result: CalibrateResult) -> str:
+    """The file, what it was measured on, and experts that nothing reached."""
+    lines = [
+        f"{result.path}",
+        f"  {result.entries} matrices, {result.tokens:,} tokens of {result.text}, {result.seconds:.1f} s",
+        *(f"  note: {count} experts of {name} were reached by no token" for name, count in result.silent.items()),
+    ]
+    return "\n".join(lines)
 
 
 def report(found: Report) -> str:
@@ -37,9 +48,9 @@ def report(found: Report) -> str:
     return as_table(found)
 
 
-def plan(planned: Plan) -> str:
+def plan(prepared: Prepared) -> str:
     """Every tensor's type and size, then the totals."""
-    described = planned.to_json()
+    planned, described = prepared.exporter.plan, prepared.described()
     rows = [
         (t["name"], "x".join(map(str, t["shape"])), t["type"], f"{t['bytes']:,}", t["fell_back_from"] or "")
         for t in described["tensors"]
@@ -76,6 +87,16 @@ def doctor(found: dict[str, Any]) -> str:
     return "\n".join(
         [_table(("runtime", "state", "reason"), runtimes), _table(("library", "version"), libraries), machine]
     )
+
+
+def _methods(result: ExportResult) -> list[str]:
+    """How the matrices were solved, and how the held-out error compares with rounding to the nearest."""
+    if not result.solved:
+        return []
+    counts = Counter(line["method"] for line in result.solved)
+    told = ", ".join(f"{count} {method}" for method, count in counts.most_common())
+    text = result.plan["quantization"]["calibration"]
+    return [f"  solved on {text['tokens']:,} tokens of {text['text']}: {told} (a line a tensor is in the report)"]
 
 
 def _remarks(described: dict[str, Any]) -> list[str]:

@@ -3,11 +3,12 @@
 Here a tensor of the forward pass is a `Value`: its pair (float, quantized) for every batch, computed only when somebody
 needs it. A matrix is solved when the walk first meets it, on the inputs that the already quantized part of the model
 gives it, so every layer is solved to repair what the layers before it lost. Only the inputs of matrices and the
-residual stream are held, one layer's at a time; where all statistics are known already, nothing is computed at all.
+residual stream are held, one layer's at a time; where an earlier run kept all statistics, nothing is computed at all.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,11 +16,12 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from llmx.errors import IntegrityError
 from llmx.models.architecture import Activation, Architecture, NormKind, Role, Rope
 from llmx.models.decoder import embed, head, layer
 from llmx.models.model import Model, Weight
 from llmx.models.ops_torch import ACTIVATIONS, TorchOps
-from llmx.quant.calibrate_experts import ExpertMatrices, mixture
+from llmx.quant.calibrate_experts import ExpertMatrices, from_store, mixture
 from llmx.quant.inputs import Batch, MatrixInputs, Pair, StatisticsStore, Value, flat
 from llmx.quant.statistics import Inputs
 from llmx.quant.workers import Workers
@@ -51,6 +53,15 @@ def each(pairs: Sequence[Pair], work: Callable[..., Tensor]) -> Pair:
     return first, first if all(b is a for a, b in pairs) else work(*(b for _, b in pairs))
 
 
+def _never() -> Value:
+    """A value that a walk over known statistics does not need."""
+
+    def compute(_: int) -> Pair:
+        raise IntegrityError("the kept statistics lack some matrices", fix="remove their folder and run again")
+
+    return Value(compute)
+
+
 class PairedOps:
     """The decoder's operations over Values."""
 
@@ -66,6 +77,7 @@ class PairedOps:
     ) -> None:
         self._architecture: Architecture = model.architecture
         self._batches, self._solver, self._workers, self._store = batches, solver, workers, store
+        self._known = store is not None and store.complete
         self._torch = TorchOps(device=device)
         self._device = device
         self._residuals: list[Value] = []  # the residual stream after each addition, the newest last
@@ -91,6 +103,8 @@ class PairedOps:
 
     def linear(self, x: Value, weight: Weight, bias: Weight | None) -> Value:
         solved = self._solver.matrix(weight, None, self._inputs(x, weight))
+        if self._known:
+            return _never()
         exact = self._load(weight)
         rounded = exact if solved is None else solved
         shift = None if bias is None else self._load(bias)[0]
@@ -150,9 +164,12 @@ class PairedOps:
         normalize: bool,
         activation: Activation,
     ) -> Value:
-        self._settle(x)
-        residual = None if self._post_normed else self._residuals[-1]
         layer = ExpertMatrices(router, matrices, used, normalize, activation)
+        if self._known:
+            from_store(layer, self._solver.matrix, self._store, self._workers)
+            return _never()
+        self.settle(x)
+        residual = None if self._post_normed else self._residuals[-1]
         return mixture(self._torch, x, residual, layer, self._batches, self._solver.matrix, self._store, self._workers)
 
     def enter(self, residual: Value) -> Value:
@@ -160,7 +177,7 @@ class PairedOps:
         self._residuals.append(residual)
         return residual
 
-    def _settle(self, x: Value) -> None:
+    def settle(self, x: Value) -> None:
         """Hold x and the residual stream up to here, in order, so that each is computed from the one before it."""
         for passed in self._residuals:
             passed.keep(len(self._batches), self._workers)
@@ -172,9 +189,14 @@ class PairedOps:
         if x.asked is None:
             residual = self._residuals[-1] if self._writes_residual(weight.spec.role) else None
 
+            # Weak, because x holds what is asked of it: a circle would keep a layer's activations until some later day.
+            own = weakref.ref(x)
+
             def gather() -> list[Inputs]:
-                self._settle(x)
-                return [self._batch_of(number, x, residual) for number in range(len(self._batches))]
+                found = own()
+                assert found is not None, "a matrix's inputs are alive while it is solved"
+                self.settle(found)
+                return [self._batch_of(number, found, residual) for number in range(len(self._batches))]
 
             x.asked = MatrixInputs(weight.spec.name.removesuffix(".weight"), gather, self._store, self._workers)
         return x.asked
@@ -216,4 +238,6 @@ def walk(model: Model, calibration: Calibration, solver: Solver, workers: Worker
         hidden = ops.enter(embed(model, ops, tokens, positions))
         for index in range(model.architecture.layers):
             hidden = layer(model, ops, index, hidden, positions)
+            if calibration.store is None or not calibration.store.complete:
+                ops.settle(hidden)  # lets the layer's weights go
         head(model, ops, hidden)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from llmx.errors import IntegrityError
 from llmx.models.architecture import Activation
 from llmx.models.model import Weight
 from llmx.models.ops_torch import TorchOps, gated
@@ -98,6 +99,24 @@ def mixture(
     return Value(lambda number: (routed[number].output.view(shapes[number]), routed[number].moved.view(shapes[number])))
 
 
+def from_store(layer: ExpertMatrices, solve: Solve, store: StatisticsStore | None, workers: Workers) -> None:
+    """Solve every expert on statistics that an earlier run kept; no forward pass is made."""
+
+    def missing() -> list[Inputs]:
+        raise IntegrityError("the kept statistics lack some experts", fix="remove their folder and run again")
+
+    gate, up, down = layer.matrices
+    for expert in range(layer.experts):
+        shared = MatrixInputs(_key(gate, expert), missing, store, workers)
+        solve(gate, expert, shared)
+        solve(up, expert, shared)
+        solve(down, expert, MatrixInputs(_key(down, expert), missing, store, workers))
+
+
+def _key(weight: Weight, expert: int) -> str:
+    return f"{weight.spec.name.removesuffix('.weight')}.{expert}"
+
+
 def _float_outputs(
     ops: TorchOps, layer: ExpertMatrices, expert: int, routed: Sequence[_Routed], workers: Workers
 ) -> None:
@@ -137,8 +156,7 @@ def _solve_expert(
 
     def ask(matrix: int, gather: Callable[[], list[Inputs]], inputs: MatrixInputs | None = None) -> MatrixInputs:
         weight = layer.matrices[matrix]
-        stem = weight.spec.name.removesuffix(".weight")
-        inputs = inputs or MatrixInputs(f"{stem}.{expert}", gather, store, workers, pooled=pooled)
+        inputs = inputs or MatrixInputs(_key(weight, expert), gather, store, workers, pooled=pooled)
         found = solve(weight, expert, inputs)
         solved.append(exact[matrix] if found is None else found)
         return inputs

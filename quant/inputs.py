@@ -37,7 +37,10 @@ def batches(sequences: Sequence[Sequence[int]], held_out_every: int, device: str
 
 
 class StatisticsStore(Protocol):
-    """Keeps statistics between runs."""
+    """Keeps statistics between runs. complete: an earlier run kept those of every matrix."""
+
+    @property
+    def complete(self) -> bool: ...
 
     def load(self, key: str) -> Statistics | None: ...
 
@@ -45,12 +48,9 @@ class StatisticsStore(Protocol):
 
 
 class MatrixInputs:
-    """The inputs of one or more matrices. key: the first matrix with them, "layers.3.q"; with its number, an expert's.
+    """The inputs of one or more matrices. key: the first matrix with them, "layers.3.q"; an expert's has its number."""
 
-    pooled: an expert that too few tokens reached is given all tokens instead.
-    """
-
-    __slots__ = ("_found", "_gather", "_store", "_workers", "key", "pooled")
+    __slots__ = ("_found", "_gather", "_pooled", "_store", "_workers", "key")
 
     def __init__(
         self,
@@ -61,16 +61,24 @@ class MatrixInputs:
         *,
         pooled: bool = False,
     ) -> None:
-        self.key, self.pooled = key, pooled
+        self.key, self._pooled = key, pooled
         self._gather, self._store, self._workers = gather, store, workers
         self._found: Statistics | None = None
+
+    @classmethod
+    def known(cls, key: str, found: Statistics, workers: Workers) -> MatrixInputs:
+        """Inputs of which only the statistics are left."""
+        made = cls(key, list, None, workers)
+        made._found = found
+        return made
 
     def statistics(self) -> Statistics:
         """All second moments: gathered at the first call, or read where an earlier run kept them."""
         if self._found is None:
             self._found = self._store.load(self.key) if self._store is not None else None
         if self._found is None:
-            self._found = statistics(self._gather(), self._workers)
+            self._found = statistics(self._gather(), self._workers, pooled=self._pooled)
+            self._gather = list  # with it go the activations
             if self._store is not None:
                 self._store.save(self.key, self._found)
         return self._found
@@ -86,7 +94,7 @@ class MatrixInputs:
 class Value:
     """One tensor of the forward pass, for every batch: computed when asked for, held when `keep` says so."""
 
-    __slots__ = ("_compute", "_kept", "asked")
+    __slots__ = ("__weakref__", "_compute", "_kept", "asked")
 
     def __init__(self, compute: Callable[[int], Pair]) -> None:
         self._compute: Callable[[int], Pair] | None = compute

@@ -20,23 +20,37 @@ import torch
 
 from llmx.formats.ggml_packers import BlockScales
 from llmx.quant.gptq import Factor, damped, factorize, gptq
-from llmx.quant.grid import Grid
+from llmx.quant.protocol import Effort, Grid
 from llmx.quant.refine import refine
 from llmx.quant.state import Rows
 from llmx.quant.statistics import Moments, Statistics
 from llmx.quant.workers import Workers, spans
 
 Tensor = torch.Tensor
+PLAIN_SHARE = 0.01  # of damping, where nothing is repaired
 ROWS = 256  # solved together: their arrays stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
 class SolveOptions:
-    """How hard to try. shares: λ and damping tried, as shares of the mean diagonal. sweeps: rounds of refinement."""
+    """How hard to try. shares: λ and damping tried, as shares of the mean diagonal. sweeps: rounds of refinement.
+
+    methods: the candidates of the gate. effort: of the search for scales. repairs: whether the target makes up for
+    what earlier layers lost (a tied embedding must not: it is read at both ends of the model).
+    """
 
     methods: tuple[str, ...] = ("rtn", "gptq")
     shares: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     sweeps: int = 3
+    effort: Effort = "balanced"
+    repairs: bool = True
+
+
+EFFORTS: dict[Effort, SolveOptions] = {
+    "fast": SolveOptions(shares=(0.1,), sweeps=1, effort="fast"),
+    "balanced": SolveOptions(),
+    "best": SolveOptions(("rtn", "refined", "gptq"), sweeps=6, effort="best"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +104,7 @@ def target(weight: Tensor, prepared: Prepared, shares: tuple[float, ...]) -> tup
     found = prepared.statistics
     pull, judged = found.fitted.pull(weight), found.held_out.pull(weight)
     if pull is None:
-        return weight, 0.01, 0.0
+        return weight, PLAIN_SHARE, 0.0
     best: tuple[Tensor, float, float] | None = None
     for share in shares:
         lower = prepared.cholesky(share)
@@ -107,7 +121,11 @@ def solve(weight: Tensor, prepared: Prepared, grid: Grid, options: SolveOptions,
     """The best scales and codes for weight (f32[out, in]) among the methods of `options`."""
     started = time.monotonic()
     found = prepared.statistics
-    wanted, share, _ = target(weight, prepared, options.shares)
+    if options.repairs:
+        wanted, share, _ = target(weight, prepared, options.shares)
+    else:
+        wanted, share = weight, PLAIN_SHARE
+    grid = grid.bound(wanted.cpu().numpy())
     hessian = damped(found.fitted.hessian, share)
     importance = found.fitted.hessian.diagonal().cpu().numpy()
     importance = importance if importance.any() else np.ones_like(importance)
@@ -117,12 +135,12 @@ def solve(weight: Tensor, prepared: Prepared, grid: Grid, options: SolveOptions,
         made = []
         chunk = wanted[part]
         for method in options.methods:
-            made.append(METHODS[method](chunk, grid, importance, hessian, factor, options.sweeps))
+            made.append(METHODS[method](chunk, grid, importance, hessian, factor, options))
         return made
 
     parts = workers.map(rows_of, spans(len(weight), ROWS))
     energy = float((weight @ found.held_out.hessian * weight).sum(dtype=torch.float64)) or 1.0
-    judged = found.held_out.pull(weight)
+    judged = found.held_out.pull(weight) if options.repairs else None
     results = {}
     for number, method in enumerate(options.methods):
         value = torch.cat([part[number].value().T for part in parts])
@@ -153,29 +171,33 @@ def _joined(parts: list[BlockScales]) -> BlockScales:
     return BlockScales(*(all_of(name) for name in ("d", "offset", "scales", "mins")))  # type: ignore[arg-type]
 
 
-def _rtn(chunk: Tensor, grid: Grid, importance: np.ndarray, *_: object) -> Rows:
+def _rtn(
+    chunk: Tensor, grid: Grid, importance: np.ndarray, hessian: Tensor, factor: Factor | None, options: SolveOptions
+) -> Rows:
     weight = np.ascontiguousarray(chunk.cpu().numpy())
-    scales = grid.fit(weight, importance)
+    scales = grid.fit(weight, importance, options.effort)
     rows = Rows(grid, scales, len(weight), chunk.device)
     rows.set_codes(grid.round(weight, scales))
     return rows
 
 
-def _refined_rtn(chunk: Tensor, grid: Grid, importance: np.ndarray, hessian: Tensor, _: object, sweeps: int) -> Rows:
-    rows = _rtn(chunk, grid, importance)
-    refine(rows, chunk.T.contiguous(), hessian, sweeps)
+def _refined(
+    chunk: Tensor, grid: Grid, importance: np.ndarray, hessian: Tensor, factor: Factor | None, options: SolveOptions
+) -> Rows:
+    rows = _rtn(chunk, grid, importance, hessian, factor, options)
+    refine(rows, chunk.T.contiguous(), hessian, options.sweeps)
     return rows
 
 
 def _gptq(
-    chunk: Tensor, grid: Grid, importance: np.ndarray, hessian: Tensor, factor: Factor | None, sweeps: int
+    chunk: Tensor, grid: Grid, importance: np.ndarray, hessian: Tensor, factor: Factor | None, options: SolveOptions
 ) -> Rows:
-    rows = _rtn(chunk, grid, importance)
+    rows = _rtn(chunk, grid, importance, hessian, factor, options)
     sideways = chunk.T.contiguous()
     if factor is not None:
         gptq(sideways, factor, rows)
-    refine(rows, sideways, hessian, sweeps)
+    refine(rows, sideways, hessian, options.sweeps)
     return rows
 
 
-METHODS: dict[str, Callable[..., Rows]] = {"rtn": _rtn, "refined": _refined_rtn, "gptq": _gptq}
+METHODS: dict[str, Callable[..., Rows]] = {"rtn": _rtn, "refined": _refined, "gptq": _gptq}

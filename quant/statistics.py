@@ -58,11 +58,15 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Moments to fit on and moments to judge on. squares: f32[in], Σ x² of the float inputs over all tokens."""
+    """Moments to fit on and moments to judge on. squares: f32[in], Σ x² of the float inputs over all tokens.
+
+    pooled: an expert that too few tokens reached was given all tokens of its layer instead.
+    """
 
     fitted: Moments
     held_out: Moments
     squares: Tensor
+    pooled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -107,7 +111,7 @@ def moments(batches: Sequence[Inputs], workers: Workers) -> Moments:
     return Moments(hessian, drift, residual, sum(len(batch.quantized) for batch in batches))
 
 
-def statistics(batches: Sequence[Inputs], workers: Workers) -> Statistics:
+def statistics(batches: Sequence[Inputs], workers: Workers, *, pooled: bool = False) -> Statistics:
     """Fitted and held-out moments of a matrix's inputs, and the float inputs' squares.
 
     With no batch to hold out the judge sees what was fitted.
@@ -115,7 +119,8 @@ def statistics(batches: Sequence[Inputs], workers: Workers) -> Statistics:
     fit = [batch for batch in batches if not batch.held_out] or list(batches)
     judge = [batch for batch in batches if batch.held_out] or fit
     fitted = moments(fit, workers)
-    return Statistics(fitted, fitted if judge is fit else moments(judge, workers), sum_of_squares(batches, workers))
+    judged = fitted if judge is fit else moments(judge, workers)
+    return Statistics(fitted, judged, sum_of_squares(batches, workers), pooled)
 
 
 def sum_of_squares(batches: Sequence[Inputs], workers: Workers) -> Tensor:

@@ -1,0 +1,53 @@
+"""Importance matrices of our own: the mean squares of every matrix's inputs, under the names that llama.cpp uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from llmx.exporters.gguf_tensors import Entry
+from llmx.models.model import Model, Weight
+from llmx.progress import Progress, track
+from llmx.quant.calibrate import Calibration, walk
+from llmx.quant.inputs import MatrixInputs
+from llmx.quant.workers import workers
+
+
+@dataclass(slots=True)
+class _Squares:
+    """A Solver that solves nothing and collects sums of squares."""
+
+    progress: Progress
+    sums: dict[str, dict[int, tuple[np.ndarray, int]]] = field(default_factory=dict)
+
+    def matrix(self, weight: Weight, expert: int | None, inputs: MatrixInputs) -> torch.Tensor | None:
+        squares, tokens = inputs.squares()
+        # An expert that too few tokens reached is measured on all of them; here only its own count.
+        self.sums.setdefault(weight.spec.name, {})[expert or 0] = (squares.cpu().numpy(), tokens)
+        self.progress.advance(weight.spec.shape[-2] * weight.spec.shape[-1])
+        return None
+
+    def table(self, weight: Weight) -> torch.Tensor | None:
+        return None
+
+
+def measure_importance(
+    model: Model, entries: Sequence[Entry], calibration: Calibration, threads: int
+) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
+    """(sums f32[experts, cols], counts i64[experts]) by GGUF name, from one pass of the float model."""
+    matrices = [entry for entry in entries if entry.quantizable]
+    total = sum(piece.spec.shape[-1] * model.weight(piece.spec.name).rows for e in matrices for piece in e.pieces)
+    with workers(threads) as pool, track(total, "measuring") as progress:
+        seen = _Squares(progress)
+        walk(model, calibration, seen, pool)
+    sums, counts = {}, {}
+    for entry in matrices:
+        found = next((seen.sums[piece.spec.name] for piece in entry.pieces if piece.spec.name in seen.sums), None)
+        if found is None or entry.role == "embedding":
+            continue  # llama.cpp's own files say nothing of an embedding, tied or not
+        sums[entry.name] = np.stack([found[expert][0] for expert in sorted(found)])
+        counts[entry.name] = np.array([found[expert][1] for expert in sorted(found)], np.int64)
+    return sums, counts

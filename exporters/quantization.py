@@ -1,0 +1,264 @@
+"""How an export quantizes: a recipe, a calibration text where a method needs one, and what was decided for the user.
+
+`auto` calibrates where that takes minutes on this machine, and says so where it does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmx.errors import UnsupportedError, UsageError
+from llmx.exporters.gguf_metadata import SCALED, SOLVED
+from llmx.exporters.gguf_types import FILE_TYPES, FLOAT_TYPES, WRITABLE_TYPES, FileType
+from llmx.exporters.recipe_file import find_recipe
+from llmx.exporters.solving import Assignment
+from llmx.exporters.statistics_folder import StatisticsFolder, checkpoint_identity
+from llmx.models.calibration_text import CalibrationText, read_calibration, sequences
+from llmx.models.model import Model
+from llmx.quant.calibrate import Calibration
+from llmx.quant.grid import GRIDS
+from llmx.quant.inputs import batches
+from llmx.quant.recipe import CalibrationSettings, Recipe, Resolved, idle_rules, resolve
+
+METHODS = ("auto", "rtn", "awq", "gptq")
+DEVICES = ("auto", "cpu", "cuda")
+LENGTH = 512
+HELD_OUT_EVERY = 5  # sequences: a fifth judges what the others fitted
+# More tokens cost time in proportion to the model: about this many weights times tokens, within these bounds.
+WORK = 4e12
+FEWEST_TOKENS, MOST_TOKENS = 24_576, 131_072
+# Measured on one core: seconds of a whole calibrated export, per weight and token. What `auto` may take.
+SECONDS_PER_WORK = 8e-11
+AUTO_SECONDS = 600.0
+EIGHT_BITS = 8.0  # from here on rounding costs nothing that a calibration could win back
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """recipe: what was asked for, spelt out. text: None where nothing is calibrated. notes: for the user."""
+
+    recipe: Recipe
+    resolved: Mapping[str, Resolved]
+    text: CalibrationText | None = None
+    tokens: int = 0
+    length: int = LENGTH
+    device: str = "cpu"
+    statistics: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def calibrated(self) -> bool:
+        return self.text is not None
+
+    @property
+    def solver(self) -> str | None:
+        """What the artifact says of how its weights were changed; None where they are rounded."""
+        if self.text is None:
+            return None
+        return SCALED if any(got.transform == "awq" for got in self.resolved.values()) else SOLVED
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved copy for the report."""
+        calibration = None
+        if self.text is not None:
+            calibration = {
+                "text": self.text.name,
+                "sha256": self.text.sha256,
+                "tokens": self.tokens,
+                "length": self.length,
+                "held_out": f"every {HELD_OUT_EVERY}th sequence",
+            }
+        return {"recipe": self.recipe.to_json(), "calibration": calibration, "device": self.device}
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the user said of quantizing; None leaves it to the recipe or to us."""
+
+    recipe: str | None = None
+    method: str | None = None
+    effort: str | None = None
+    calibration: Path | None = None
+    tokens: int | None = None
+    statistics: Path | None = None
+    device: str = "auto"
+    importance: bool = False  # an importance matrix is given
+
+
+def chosen_recipe(wishes: Wishes, type_name: str | None) -> Recipe:
+    """The recipe asked for, with what the command line says over it.
+
+    type_name: of --type or --bits. Raises: UsageError for an unknown recipe or method, or two types.
+    """
+    recipe = find_recipe(wishes.recipe) if wishes.recipe is not None else Recipe("command line", type_name or "Q4_K_M")
+    if wishes.recipe is not None and type_name is not None and type_name != recipe.type:
+        raise UsageError(
+            f"the recipe makes {recipe.type}, --type or --bits asks for {type_name}", fix="give one of them"
+        )
+    if wishes.method is not None and wishes.method not in METHODS:
+        raise UsageError(f"there is no method {wishes.method!r}", fix=f"choose one of {', '.join(METHODS)}")
+    changed: dict[str, Any] = {}
+    if wishes.method is not None and (wishes.method != "auto" or wishes.recipe is None):
+        changed["method"] = wishes.method
+    if wishes.effort is not None:
+        changed["effort"] = wishes.effort
+    return replace(recipe, **changed)
+
+
+def file_type_of(recipe: Recipe) -> FileType:
+    """The mix of a recipe. A single block type is a mix of itself.
+
+    Raises: UnsupportedError for a grid that GGUF files do not have.
+    """
+    name = recipe.type.upper()
+    if name in FILE_TYPES:
+        return FILE_TYPES[name]
+    if name in GRIDS and name in WRITABLE_TYPES:
+        return FileType(name, FILE_TYPES.get(f"{name}_S", FILE_TYPES["Q4_K_S"]).id, name)
+    raise UnsupportedError(
+        f"{recipe.type} is no type of GGUF files", fix=f"for GGUF choose one of {', '.join(FILE_TYPES)}"
+    )
+
+
+def quantization(model: Model, wishes: Wishes, recipe: Recipe, base: str, threads: int) -> Quantization:
+    """Decide what each tensor gets and what is read for it. base: the mix's base type.
+
+    Raises: UsageError for wishes that contradict each other, and what read_calibration raises.
+    """
+    _check(wishes, recipe)
+    specs = [spec for spec in model.architecture.tensors if spec.part == "weight"]
+    layers = model.architecture.layers
+    tensors = [(spec.name, spec.role, spec.layer, layers) for spec in specs]
+    resolved = {got.name: got for got in resolve(recipe, tensors)}
+    idle = idle_rules(recipe, resolved.values())
+    if idle:
+        raise UsageError(
+            "rules of the recipe fit no tensor of this model",
+            problems=[f"rules[{number}]: {recipe.rules[number].to_json()}" for number in idle],
+            fix="mend or remove them",
+        )
+    parameters = sum(model.weight(spec.name).rows * model.weight(spec.name).cols for spec in specs)
+    settings = recipe.calibration or CalibrationSettings(default_tokens(parameters), LENGTH)
+    tokens = wishes.tokens or settings.tokens
+    length = min(settings.length, model.architecture.context_length)
+    device = _device(wishes.device)
+    note = _why_not(wishes, recipe, base, parameters * tokens, device, threads)
+    made = Quantization(recipe, resolved, None, tokens, length, device, wishes.statistics)
+    if note is not None:
+        return replace(made, notes=(note,) if note else ())
+    return replace(made, text=read_calibration(wishes.calibration))
+
+
+def to_measure(model: Model, wishes: Wishes) -> Quantization:
+    """A calibration that only measures inputs."""
+    parameters = sum(weight.rows * weight.cols for weight in model.weights())
+    tokens = wishes.tokens or default_tokens(parameters)
+    length = min(LENGTH, model.architecture.context_length)
+    text = read_calibration(wishes.calibration)
+    return Quantization(Recipe("measure", "F32"), {}, text, tokens, length, _device(wishes.device))
+
+
+def default_tokens(parameters: int) -> int:
+    """How many calibration tokens a model of this size gets."""
+    return int(min(max(WORK / parameters, FEWEST_TOKENS), MOST_TOKENS))
+
+
+def _check(wishes: Wishes, recipe: Recipe) -> None:
+    problems = []
+    if wishes.importance and recipe.method in ("gptq", "awq"):
+        problems.append(f"--imatrix holds mean squares alone, and --method {recipe.method} needs whole second moments")
+    if wishes.importance and wishes.calibration is not None:
+        problems.append("--imatrix and --calibration both say what inputs weigh")
+    if wishes.statistics is not None and (wishes.importance or (recipe.method == "rtn" and wishes.calibration is None)):
+        problems.append("--statistics keeps what a calibration gathers, and this export does not calibrate")
+    if recipe.transform == "smoothquant":
+        problems.append("SmoothQuant is for formats that quantize activations; GGUF does not")
+    if wishes.device not in DEVICES:
+        problems.append(f"--device is one of {', '.join(DEVICES)}, not {wishes.device!r}")
+    if wishes.tokens is not None and wishes.tokens < 1:
+        problems.append("--calibration-tokens must be positive")
+    if problems:
+        raise UsageError("these options do not go together", problems=problems)
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UsageError("there is no CUDA device that torch can use here", fix="--device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
+def _why_not(wishes: Wishes, recipe: Recipe, base: str, work: float, device: str, threads: int) -> str | None:
+    """Why nothing is calibrated; "" where nobody would have expected it, None where it is."""
+    asked = wishes.calibration is not None or recipe.method in ("gptq", "awq")
+    if base in FLOAT_TYPES or wishes.importance:
+        return ""
+    if asked:
+        return None
+    if recipe.method == "rtn":
+        return ""
+    if bits_of(base) >= EIGHT_BITS:
+        return "8-bit weights are rounded to the nearest: a calibration has nothing to win there"
+    seconds = work * SECONDS_PER_WORK / threads
+    if device == "cpu" and seconds > AUTO_SECONDS:
+        return (
+            f"rounded to the nearest: calibrating would take about {seconds / 60:.0f} minutes here "
+            "(--method gptq does it, --device cuda is faster)"
+        )
+    return None
+
+
+def bits_of(base: str) -> float:
+    from llmx.formats.ggml_blocks import BLOCKS
+
+    return BLOCKS[base].bits
+
+
+def assignments(quantization: Quantization, types: Mapping[str, str]) -> dict[str, Assignment]:
+    """What each tensor to be solved gets. types: canonical name -> block type."""
+    return {
+        name: Assignment(
+            type_name,
+            quantization.resolved[name].method,
+            quantization.resolved[name].transform == "awq",
+        )
+        for name, type_name in types.items()
+        if type_name in GRIDS and name in quantization.resolved
+    }
+
+
+def calibration_of(
+    model: Model, wanted: Quantization, planned: Mapping[str, Assignment]
+) -> tuple[Calibration, StatisticsFolder | None]:
+    """The token batches, and the folder that keeps statistics, if one is asked for. planned: what each tensor gets.
+
+    Raises: what `sequences` and StatisticsFolder raise.
+    """
+    assert wanted.text is not None, "something is calibrated"
+    found = sequences(
+        wanted.text,
+        model.checkpoint.folder,
+        tokens=wanted.tokens,
+        length=wanted.length,
+        vocab=model.architecture.vocab,
+    )
+    store = None
+    if wanted.statistics is not None:
+        identity = {
+            "checkpoint": checkpoint_identity(model.checkpoint),
+            "text": wanted.text.sha256,
+            "sequences": _digest(found),
+            "effort": wanted.recipe.effort,
+            "tensors": {name: [a.type_name, a.method, a.scaled] for name, a in planned.items()},
+        }
+        store = StatisticsFolder(wanted.statistics, identity, wanted.device)
+    return Calibration(batches(found, HELD_OUT_EVERY, wanted.device), wanted.device, store), store
+
+
+def _digest(found: Sequence[Sequence[int]]) -> str:
+    return hashlib.sha256(repr([list(sequence) for sequence in found]).encode()).hexdigest()

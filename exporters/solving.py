@@ -1,0 +1,268 @@
+"""From a plan to solved tensors: the calibration pass with every matrix quantized on the way, rows kept on disk.
+
+checkpoint ── walk ── matrix ── solve ── pack ── rows on disk ── the writer moves them into the artifact's order
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llmx.errors import IntegrityError
+from llmx.formats.ggml_blocks import row_bytes
+from llmx.formats.ggml_decode import decode
+from llmx.formats.ggml_packers import pack
+from llmx.models.model import Model, Weight
+from llmx.progress import Progress, track
+from llmx.quant.awq import AwqOptions, search_awq
+from llmx.quant.calibrate import Calibration, walk
+from llmx.quant.grid import GRIDS, encode
+from llmx.quant.inputs import MatrixInputs
+from llmx.quant.protocol import Grid
+from llmx.quant.scale_search import Scaling
+from llmx.quant.solve import EFFORTS, Prepared, Solution, SolveOptions, solve
+from llmx.quant.workers import Workers, spans, workers
+
+Bytes = npt.NDArray[np.uint8]
+# The candidates of each method. The gate always has rounding to the nearest among them.
+METHODS: Mapping[str, tuple[str, ...] | None] = {"rtn": ("rtn",), "gptq": None, "auto": None}
+TABLE_ROWS = 4096  # of an embedding encoded by one worker
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one canonical tensor gets: a block type, a method of METHODS, and whether AWQ may scale it."""
+
+    type_name: str
+    method: str
+    scaled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One tensor of the report. held_out: loss on held-out tokens as a share of the outputs' energy, 0 unquantized.
+
+    rounding: the same of rounding to the nearest. tokens: that reached it. pooled: too few did, so all were taken.
+    """
+
+    name: str
+    expert: int | None
+    type_name: str
+    method: str
+    damping: float | None
+    held_out: float | None
+    rounding: float | None
+    tokens: int | None
+    pooled: bool
+    weights: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        def short(value: float | None) -> float | None:
+            return None if value is None else float(f"{value:.4g}")
+
+        return {
+            "name": self.name,
+            "expert": self.expert,
+            "type": self.type_name,
+            "method": self.method,
+            "damping": self.damping,
+            "error_held_out": short(self.held_out),
+            "error_of_rounding": short(self.rounding),
+            "tokens": self.tokens,
+            "pooled": self.pooled,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """rows: canonical name -> u8[rows, row bytes], on disk. model: with the transforms folded in.
+
+    tokens: that were calibrated on, held-out ones included.
+    """
+
+    model: Model
+    rows: Mapping[str, Bytes]
+    lines: tuple[Line, ...]
+    scaling: Scaling | None
+    tokens: int
+
+    def notes(self) -> list[str]:
+        """What a user should know: fall-backs with the share of weights that they cover."""
+        total = sum(line.weights for line in self.lines) or 1
+        pooled = [line for line in self.lines if line.pooled]
+        notes = []
+        if pooled:
+            share = sum(line.weights for line in pooled) / total
+            notes.append(
+                f"{len(pooled)} expert matrices ({share:.1%} of the weights) were reached by too few calibration "
+                "tokens and were solved on all tokens of their layer"
+            )
+        rounded = [line for line in self.lines if line.method == "rtn" and line.held_out is not None]
+        if rounded and any(line.method != "rtn" for line in self.lines):
+            notes.append(f"{len(rounded)} of {len(self.lines)} matrices were best rounded to the nearest")
+        if self.scaling is not None and self.scaling.left_alone:
+            notes.append(f"AWQ left {self.scaling.left_alone} of {len(self.scaling.choices)} groups as they are")
+        return notes
+
+
+@dataclass(slots=True)
+class MatrixSolver:
+    """The calibration pass's Solver: solves every matrix that has an assignment, and keeps its rows in `folder`."""
+
+    assignments: Mapping[str, Assignment]
+    options: SolveOptions
+    folder: Path
+    workers: Workers
+    progress: Progress
+    tied: bool
+    head: MatrixInputs | None = None  # of a tied embedding: the head's inputs in the float model
+    rows: dict[str, Bytes] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
+    _shared: tuple[MatrixInputs, Prepared] | None = None
+
+    def matrix(self, weight: Weight, expert: int | None, inputs: MatrixInputs) -> torch.Tensor | None:
+        name = weight.spec.name
+        assigned = self.assignments.get(name)
+        if assigned is None or (self.tied and weight.spec.role == "embedding"):
+            return None
+        candidates = METHODS[assigned.method]
+        options = self.options if candidates is None else replace(self.options, methods=candidates)
+        return self._solve(weight, expert, inputs, assigned.type_name, options)
+
+    def table(self, weight: Weight) -> torch.Tensor | None:
+        """The embedding: solved as the head where it is that too, else rounded to the nearest."""
+        assigned = self.assignments.get(weight.spec.name)
+        if assigned is None:
+            return None
+        if self.head is not None:
+            candidates = METHODS[assigned.method]
+            options = replace(self.options, repairs=False, methods=candidates or self.options.methods)
+            return self._solve(weight, None, self.head, assigned.type_name, options)
+        started = time.monotonic()
+        rows = self._rows_of(weight, assigned.type_name)
+
+        def encoded(part: slice) -> None:
+            rows[part] = encode(assigned.type_name, weight.read(part.start, part.stop), effort=self.options.effort)
+
+        self.workers.map(encoded, spans(weight.rows, TABLE_ROWS))
+        weight.release()
+        spent = time.monotonic() - started
+        size = weight.rows * weight.cols
+        line = Line(weight.spec.name, None, assigned.type_name, "rtn", None, None, None, None, False, size, spent)
+        self._done(weight, line)
+        return torch.from_numpy(decode(assigned.type_name, rows))
+
+    def _solve(
+        self, weight: Weight, expert: int | None, inputs: MatrixInputs, type_name: str, options: SolveOptions
+    ) -> torch.Tensor:
+        found = inputs.statistics()
+        if not bool(torch.isfinite(found.fitted.hessian.diagonal()).all()):
+            raise IntegrityError(
+                "the calibration pass met values that are not finite",
+                where=f"the inputs of {weight.spec.name}",
+                fix="check that the model works on this text in float32, or export with --method rtn",
+            )
+        if self._shared is None or self._shared[0] is not inputs:
+            self._shared = (inputs, Prepared(found))
+        count = weight.spec.shape[-2]
+        first = count * (expert or 0)
+        values = torch.from_numpy(weight.read(first, first + count)).to(found.squares.device)
+        weight.release(first, first + count)
+        solution = solve(values, self._shared[1], grid_of(type_name), options, self.workers)
+        rows = self._rows_of(weight, type_name)
+        rows[first : first + count] = pack(type_name, solution.scales, solution.codes).reshape(count, -1)
+        self._done(weight, _line(weight, expert, type_name, solution, found.tokens, found.pooled))
+        return solution.value
+
+    def _rows_of(self, weight: Weight, type_name: str) -> Bytes:
+        """The tensor's rows on disk."""
+        name = weight.spec.name
+        if name not in self.rows:
+            shape = (weight.rows, row_bytes(type_name, weight.cols))
+            self.rows[name] = np.memmap(self.folder / f"{name}.rows", np.uint8, "w+", shape=shape)
+        return self.rows[name]
+
+    def _done(self, weight: Weight, line: Line) -> None:
+        self.lines.append(line)
+        self.progress.advance(line.weights * weight.nbytes // (weight.rows * weight.cols))
+
+
+def grid_of(type_name: str) -> Grid:
+    return GRIDS[type_name]
+
+
+def _line(weight: Weight, expert: int | None, type_name: str, found: Solution, tokens: int, pooled: bool) -> Line:
+    rounding = found.candidates.get("rtn")
+    size = weight.spec.shape[-2] * weight.spec.shape[-1]
+    return Line(
+        weight.spec.name, expert, type_name, found.method, found.share, found.held_out, rounding, tokens, pooled, size,
+        found.seconds,
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _HeadInputs:
+    """A Solver that solves nothing and remembers the inputs of the head."""
+
+    found: MatrixInputs | None = None
+
+    def matrix(self, weight: Weight, expert: int | None, inputs: MatrixInputs) -> torch.Tensor | None:
+        if weight.spec.role in ("embedding", "head"):
+            inputs.statistics()
+            self.found = inputs
+        return None
+
+    def table(self, weight: Weight) -> torch.Tensor | None:
+        return None
+
+
+def solve_tensors(
+    model: Model,
+    assignments: Mapping[str, Assignment],
+    calibration: Calibration,
+    effort: str,
+    folder: Path,
+    threads: int,
+) -> Solved:
+    """Solve every assigned matrix in one walk over the model; their rows are kept in `folder`.
+
+    assignments: canonical name -> what it gets. Memory: a layer in float32, its statistics, the hidden states.
+    Raises: IntegrityError where the model computes no finite values on the calibration text.
+    """
+    options = EFFORTS[effort]  # type: ignore[index]
+    total = sum(model.weight(name).nbytes for name in assignments)
+    tied = model.architecture.tied
+    with workers(threads) as pool, track(total, "solving") as progress:
+        scaling = None
+        scaled = {name: grid_of(a.type_name) for name, a in assignments.items() if a.scaled}
+        if scaled:
+            scaling = search_awq(model, calibration, scaled, AwqOptions(), pool)
+            model = scaling.folds.applied(model)
+        solver = MatrixSolver(assignments, options, folder, pool, progress, tied)
+        if tied and "embedding.weight" in assignments:
+            solver.head = _head_inputs(model, calibration, pool)
+        walk(model, calibration, solver, pool)
+    tokens = sum(batch.tokens.numel() for batch in calibration.batches)
+    return Solved(model, solver.rows, tuple(solver.lines), scaling, tokens)
+
+
+def _head_inputs(model: Model, calibration: Calibration, pool: Workers) -> MatrixInputs | None:
+    """The inputs of the float model's head, from a pass of its own: a tied embedding is solved before everything."""
+    key = "head of the float model"
+    store = calibration.store
+    if store is not None and (kept := store.load(key)) is not None:
+        return MatrixInputs.known(key, kept, pool)
+    seen = _HeadInputs()
+    walk(model, replace(calibration, store=None), seen, pool)
+    if store is not None and seen.found is not None:
+        store.save(key, seen.found.statistics())
+    return seen.found

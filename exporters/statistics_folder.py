@@ -1,0 +1,126 @@
+"""Statistics of a calibration pass kept in a folder, one file an input, so that a later run goes on from them.
+
+    FOLDER/statistics.json            what they were gathered from: model, text, tokens, what each tensor gets
+    FOLDER/layers.3.down.safetensors  hessian, drift, residual of fitted and held-out tokens, squares
+
+The statistics of a layer depend on how the layers before it were quantized, so a folder serves one recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmx.errors import IntegrityError, ResourceError, UsageError
+from llmx.exporters.artifact import write_text
+from llmx.formats.json_text import read_object
+from llmx.formats.safetensors import open_safetensors, write_safetensors
+from llmx.models.checkpoint import Checkpoint
+from llmx.quant.statistics import Moments, Statistics
+
+MANIFEST = "statistics.json"
+VERSION = 1
+SETS = ("fitted", "held_out")
+
+
+class StatisticsFolder:
+    """A StatisticsStore on disk."""
+
+    __slots__ = ("_device", "_folder", "_identity", "complete")
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], device: str) -> None:
+        """identity: all that the statistics depend on.
+
+        Raises: UsageError when the folder holds statistics of something else, ResourceError when it cannot be made.
+        """
+        self._folder, self._device = folder, device
+        self._identity = {"version": VERSION, **json.loads(json.dumps(identity))}
+        self.complete = False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"the statistics folder cannot be made: {error.strerror}", where=folder) from error
+        if (folder / MANIFEST).is_file():
+            self._recognize()
+        else:
+            self._write(complete=False)
+
+    def _recognize(self) -> None:
+        told = read_object(self._folder / MANIFEST)
+        kept = {key: value for key, value in told.items() if key != "complete"}
+        if kept != self._identity:
+            different = sorted(key for key in kept.keys() | self._identity if kept.get(key) != self._identity.get(key))
+            raise UsageError(
+                "the folder holds statistics of another run",
+                where=self._folder,
+                problems=[f"{key} differs" for key in different],
+                fix="give another --statistics folder, or remove this one",
+            )
+        self.complete = told.get("complete") is True
+
+    def _write(self, complete: bool) -> None:
+        write_text(self._folder / MANIFEST, json.dumps({**self._identity, "complete": complete}, indent=1) + "\n")
+
+    def finish(self) -> None:
+        """Every matrix's statistics are kept: a later run needs no forward pass."""
+        if not self.complete:
+            self._write(complete=True)
+            self.complete = True
+
+    def load(self, key: str) -> Statistics | None:
+        path = self._folder / f"{key}.safetensors"
+        if not path.is_file():
+            if self.complete:
+                raise IntegrityError("the statistics of a matrix are gone", where=path, fix="remove the folder")
+            return None
+        file = open_safetensors(path)
+
+        def tensor(name: str) -> torch.Tensor | None:
+            if name not in file.tensors:
+                return None
+            values = np.array(file.bytes(name)).view(np.float32).reshape(file.tensors[name].shape)
+            return torch.from_numpy(values).to(self._device)
+
+        def needed(name: str) -> torch.Tensor:
+            found = tensor(name)
+            if found is None:
+                raise IntegrityError(f"the kept statistics lack {name}", where=path, fix="remove the folder")
+            return found
+
+        counts = needed("counts").cpu().numpy().view(np.int32)
+        sets = [
+            Moments(needed(f"{part}.hessian"), tensor(f"{part}.drift"), tensor(f"{part}.residual"), int(count))
+            for part, count in zip(SETS, counts, strict=False)
+        ]
+        return Statistics(sets[0], sets[1], needed("squares"), bool(counts[2]))
+
+    def save(self, key: str, found: Statistics) -> None:
+        tensors: dict[str, torch.Tensor | None] = {"squares": found.squares}
+        for name, moments in zip(SETS, (found.fitted, found.held_out), strict=True):
+            tensors |= {
+                f"{name}.hessian": moments.hessian,
+                f"{name}.drift": moments.drift,
+                f"{name}.residual": moments.residual,
+            }
+        counts = np.array([found.fitted.tokens, found.held_out.tokens, found.pooled], np.int32)
+        arrays = {name: values.cpu().numpy() for name, values in tensors.items() if values is not None}
+        arrays["counts"] = counts.view(np.float32)
+        write_safetensors(
+            self._folder / f"{key}.safetensors",
+            [(name, "F32", values.shape, [np.ascontiguousarray(values).tobytes()]) for name, values in arrays.items()],
+        )
+
+
+def checkpoint_identity(checkpoint: Checkpoint) -> str:
+    """A sha256 over config.json and every weight file's name, size, header and time of change."""
+    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
+    for path in checkpoint.files:
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,436 @@
+"""Making artifacts: `llmx export` from the request to the published file, `llmx plan`, `llmx calibrate`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmx.errors import CheckFailed, ResourceError, UsageError
+from llmx.validating import REPORT_NAME, available_cores, require_runtime, validate
+
+if TYPE_CHECKING:
+    from llmx.exporters.gguf import GgufExport
+    from llmx.exporters.quantization import Quantization
+    from llmx.exporters.solving import Solved
+    from llmx.models.model import Model
+    from llmx.validate.case import Limits
+    from llmx.validate.report import Report
+
+FORMATS = ("gguf",)
+# Held by a calibration beside a layer, for each weight of the largest matrix: it, its target, value and factors.
+_SOLVING_COPIES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRequest:
+    """Everything `llmx export` can be told. `output` is a folder, or a file for one-file formats.
+
+    method, effort: None takes the recipe's, or auto and balanced.
+    """
+
+    model: str
+    format: str = "gguf"
+    bits: int | None = None
+    type_name: str | None = None
+    revision: str | None = None
+    method: str | None = None
+    effort: str | None = None
+    recipe: str | None = None
+    calibration: Path | None = None
+    calibration_tokens: int | None = None
+    statistics: Path | None = None
+    device: str = "auto"
+    target_size: str | None = None
+    target_bpw: float | None = None
+    imatrix: Path | None = None
+    tensor_types: Sequence[str] = ()
+    split_max_size: str | None = None
+    output: Path = Path()
+    threads: int = 0
+    validate: bool = True
+    force: bool = False
+    text: Path | None = None
+    limits: Limits | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What an export made. `artifact` is the file to load; `report` the JSON beside it, None without validation."""
+
+    artifact: Path
+    nbytes: int
+    files: tuple[dict[str, Any], ...]
+    seconds: float
+    peak_rss_bytes: int
+    report_path: Path
+    plan: dict[str, Any] = field(repr=False)
+    validation: Report | None = None
+    solved: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object `llmx export --json` prints."""
+        return {
+            "artifact": str(self.artifact),
+            "bytes": self.nbytes,
+            "files": list(self.files),
+            "seconds": round(self.seconds, 3),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "report": str(self.report_path),
+            "type": self.plan["type"],
+            "bits_per_weight": self.plan["bits_per_weight"],
+            "passed": None if self.validation is None else self.validation.passed,
+            "method": self.plan["quantization"]["recipe"]["method"],
+            "notes": self.plan["notes"],
+            "fall_backs": self.plan["fall_backs"],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request thought through: nothing has been written yet."""
+
+    request: ExportRequest
+    model: Model
+    exporter: GgufExport
+    quantization: Quantization
+    threads: int
+
+    def described(self) -> dict[str, Any]:
+        """The plan as plain data, with what was decided of quantizing."""
+        told = self.exporter.plan.to_json()
+        told["notes"] = [*told["notes"], *self.quantization.notes]
+        told["quantization"] = self.quantization.to_json()
+        return told
+
+
+def export(request: ExportRequest) -> ExportResult:
+    """Turn a checkpoint into a proven artifact: plan, check every weight, solve, write, rerun on the runtime, publish.
+
+    Nothing appears under the final name before it has passed; an artifact that fails is left as NAME.failed.
+    Raises: CheckFailed when the artifact does not pass, and what the steps raise.
+    """
+    from llmx.exporters import artifact, gguf
+
+    started = time.monotonic()
+    prepared = _prepare(request)
+    exporter, model = prepared.exporter, prepared.model
+    targets = _targets(request.output, exporter)
+    artifact.check_targets(targets, model.checkpoint.files, request.force)
+    if request.validate:
+        require_runtime()
+        _require_memory(exporter)
+    artifact.make_folder(targets[0].parent)
+    artifact.check_room(targets[0].parent, exporter.plan.nbytes * (2 if prepared.quantization.calibrated else 1))
+    gguf.check_weights(exporter)
+    with artifact.partial_files(targets) as partial:
+        digests, solved = _written(prepared, partial)
+        model.checkpoint.check_unchanged()
+        seconds, peak = time.monotonic() - started, _peak_rss_bytes()
+        files = tuple(
+            artifact.ArtifactFile(target, path.stat().st_size, artifact.file_sha256(path)).to_json()
+            for path, target in zip(partial, targets, strict=True)
+        )
+        told = _told(prepared, solved)
+        facts = _export_facts(prepared, told, files, digests, seconds, peak)
+        report = None
+        if request.validate:
+            report = validate(
+                partial[0], model, text=request.text, limits=request.limits, threads=request.threads, facts=facts
+            )
+        report_path = _publish(partial, targets, report, facts)
+    return ExportResult(
+        artifact=targets[0],
+        nbytes=sum(file["bytes"] for file in files),
+        files=files,
+        seconds=seconds,
+        peak_rss_bytes=peak,
+        report_path=report_path,
+        plan=told,
+        validation=report,
+        solved=tuple(told["solved"]),
+    )
+
+
+def _written(prepared: Prepared, partial: list[Path]) -> tuple[tuple[str, ...], Solved | None]:
+    """Solve what is to be solved and write the files: the tensors' digests, and what the solver tells."""
+    if not prepared.quantization.calibrated:
+        return _write(prepared.exporter, partial, None), None
+    from llmx.exporters.gguf import canonical_types
+    from llmx.exporters.quantization import assignments, calibration_of
+    from llmx.exporters.solving import solve_tensors
+
+    planned = assignments(prepared.quantization, canonical_types(prepared.exporter))
+    calibration, store = calibration_of(prepared.model, prepared.quantization, planned)
+    with tempfile.TemporaryDirectory(prefix="solved-", dir=partial[0].parent) as folder:
+        effort = prepared.quantization.recipe.effort
+        solved = solve_tensors(prepared.model, planned, calibration, effort, Path(folder), prepared.threads)
+        if store is not None:
+            store.finish()
+        return _write(replace(prepared.exporter, model=solved.model), partial, solved), solved
+
+
+def _publish(partial: list[Path], targets: list[Path], report: Report | None, facts: dict[str, object]) -> Path:
+    """Move the files to their final names, write the report beside them and return its path.
+
+    Raises: CheckFailed when the report did not pass; the files then have the names of failed ones.
+    """
+    from llmx.exporters import artifact
+
+    passed = report is None or report.passed
+    names = targets if passed else [target.with_name(target.name + artifact.FAILED) for target in targets]
+    report_path = _report_path(targets[0])
+    artifact.publish(partial, names)
+    artifact.write_text(report_path, _unproven(facts) if report is None else report.to_json())
+    if report is not None and not passed:
+        raise _failure(report, names[0], report_path)
+    return report_path
+
+
+def plan(request: ExportRequest) -> Prepared:
+    """What `export` would do: every tensor's type, the exact sizes, the fall-backs. Only a budget reads weights."""
+    return _prepare(request)
+
+
+def _prepare(request: ExportRequest) -> Prepared:
+    """The opened model, its plan, and how it will be quantized."""
+    from llmx.exporters import gguf, gguf_types, quantization
+    from llmx.formats.gguf import parse_size
+    from llmx.formats.imatrix import read_imatrix
+    from llmx.models.model import open_model
+    from llmx.models.tokenizer import open_tokenizer
+
+    _check_request(request)
+    threads = request.threads or available_cores()
+    named = request.type_name
+    if named is None and request.bits is not None:
+        named = gguf_types.file_type_of_bits(request.bits).name
+    elif named is not None:
+        named = gguf_types.file_type(named).name
+    wishes = quantization.Wishes(
+        recipe=request.recipe,
+        method=request.method,
+        effort=request.effort,
+        calibration=request.calibration,
+        tokens=request.calibration_tokens,
+        statistics=request.statistics,
+        device=request.device,
+        importance=request.imatrix is not None,
+    )
+    recipe = quantization.chosen_recipe(wishes, named)
+    chosen = quantization.file_type_of(recipe)
+    overrides = gguf_types.parse_overrides(request.tensor_types)
+    importance = None if request.imatrix is None else read_imatrix(request.imatrix)
+    split = None if request.split_max_size is None else parse_size(request.split_max_size)
+    model = open_model(request.model, request.revision)
+    decided = quantization.quantization(model, wishes, recipe, chosen.base, threads)
+    types = {name: got.type.upper() for name, got in decided.resolved.items() if got.type is not None}
+    options = gguf.GgufOptions(
+        file_type=chosen,
+        overrides=overrides,
+        types=types,
+        importance=importance,
+        solver=decided.solver,
+        split_max_bytes=split,
+        threads=threads,
+        effort=recipe.effort,
+    )
+    tokenizer = open_tokenizer(model.checkpoint.folder)
+    exporter = gguf.prepare(model, tokenizer, options)
+    if request.target_size is not None or request.target_bpw is not None:
+        from llmx.exporters.budget import within_budget
+
+        size = None if request.target_size is None else parse_size(request.target_size)
+        exporter = within_budget(model, tokenizer, exporter, decided, size, request.target_bpw)
+    return Prepared(request, model, exporter, decided, threads)
+
+
+def _check_request(request: ExportRequest) -> None:
+    if request.format not in FORMATS:
+        raise UsageError(f"there is no format {request.format!r}", fix=f"choose one of {', '.join(FORMATS)}")
+    if request.bits is not None and request.type_name is not None:
+        raise UsageError("--bits and --type both choose the type", fix="give one of them")
+    if request.target_size is not None and request.target_bpw is not None:
+        raise UsageError("--target-size and --target-bpw both set the size", fix="give one of them")
+    if request.threads < 0:
+        raise UsageError("--threads cannot be negative", fix="0 takes every core")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateRequest:
+    """Everything `llmx calibrate` can be told."""
+
+    model: str
+    output: Path
+    calibration: Path | None = None
+    calibration_tokens: int | None = None
+    revision: str | None = None
+    threads: int = 0
+    device: str = "auto"
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateResult:
+    """The importance matrix that was written. silent: experts that no token reached, by tensor."""
+
+    path: Path
+    entries: int
+    tokens: int
+    text: str
+    silent: dict[str, int]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The object `llmx calibrate --json` prints."""
+        return {
+            "imatrix": str(self.path),
+            "entries": self.entries,
+            "tokens": self.tokens,
+            "text": self.text,
+            "silent_experts": self.silent,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def calibrate(request: CalibrateRequest) -> CalibrateResult:
+    """Run the model over a text and write an importance matrix that llama-quantize and `llmx export --imatrix` read.
+
+    Raises: UsageError when the file exists, and what the steps raise.
+    """
+    from llmx.exporters import artifact, quantization
+    from llmx.exporters.gguf_families import gguf_family
+    from llmx.exporters.gguf_tensors import entries
+    from llmx.exporters.importance import measure_importance
+    from llmx.formats.imatrix import write_imatrix
+    from llmx.models.model import open_model
+
+    started = time.monotonic()
+    artifact.check_targets([request.output], (), request.force)
+    model = open_model(request.model, request.revision)
+    wishes = quantization.Wishes(
+        method="rtn",
+        calibration=request.calibration,
+        tokens=request.calibration_tokens,
+        device=request.device,
+    )
+    threads = request.threads or available_cores()
+    wanted = quantization.to_measure(model, wishes)
+    calibration, _ = quantization.calibration_of(model, wanted, {})
+    layout = entries(model.architecture, gguf_family(model.architecture), model.architecture.vocab)
+    sums, counts = measure_importance(model, layout, calibration, threads)
+    artifact.make_folder(request.output.parent)
+    assert wanted.text is not None, "a text or the built-in corpus is read"
+    chunks = sum(len(batch.tokens) for batch in calibration.batches)
+    length = calibration.batches[0].tokens.shape[1]
+    write_imatrix(request.output, sums, counts, datasets=[wanted.text.name], chunk_count=chunks, chunk_size=length)
+    silent = {name: int((found == 0).sum()) for name, found in counts.items() if (found == 0).any()}
+    spent = time.monotonic() - started
+    return CalibrateResult(request.output, len(sums), chunks * length, wanted.text.name, silent, spent)
+
+
+def _targets(output: Path, exporter: GgufExport) -> list[Path]:
+    """The final paths: in the folder `output`, or the file `output` itself."""
+    from llmx.formats.gguf import shard_name
+
+    names = [file.name for file in exporter.plan.files]
+    if output.suffix != ".gguf":
+        return [output / name for name in names]
+    if len(names) == 1:
+        return [output]
+    return [output.with_name(shard_name(output.stem, number, len(names))) for number in range(len(names))]
+
+
+def _write(exporter: GgufExport, partial: list[Path], solved: Solved | None) -> tuple[str, ...]:
+    from llmx.exporters import artifact, gguf
+
+    try:
+        return gguf.write(exporter, partial, None if solved is None else solved.rows)
+    except OSError as error:
+        raise artifact.disk_error(error, partial[0].parent.parent) from error
+
+
+def _require_memory(exporter: GgufExport) -> None:
+    """The proof runs transformers in float32: refuse before the export what cannot be proven after it."""
+    import psutil
+
+    needed, available = 4 * exporter.plan.parameters, psutil.virtual_memory().available
+    if needed > available:
+        raise ResourceError(
+            f"validation holds a float32 reference: {needed / 1e9:,.1f} GB, and {available / 1e9:,.1f} GB are free",
+            fix="export with --no-validate, and run `llmx validate` on a larger machine",
+        )
+
+
+def _peak_rss_bytes() -> int:
+    """The largest resident set this process ever had."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _told(prepared: Prepared, solved: Solved | None) -> dict[str, Any]:
+    """The plan, what the solver found of each matrix, and what a user should know of it."""
+    told = prepared.described()
+    told["solved"] = [] if solved is None else [line.to_json() for line in solved.lines]
+    if solved is not None:
+        told["quantization"]["calibration"]["tokens"] = solved.tokens
+        told["notes"] = [*told["notes"], *solved.notes()]
+        if solved.scaling is not None:
+            told["scaling"] = [choice.line() for choice in solved.scaling.choices]
+    return told
+
+
+def _export_facts(
+    prepared: Prepared,
+    told: dict[str, Any],
+    files: Sequence[dict[str, Any]],
+    digests: Sequence[str],
+    seconds: float,
+    peak: int,
+) -> dict[str, object]:
+    tensors = [{**t, "sha256": digest} for t, digest in zip(told["tensors"], digests, strict=True)]
+    source = prepared.model.checkpoint.source
+    imatrix = prepared.request.imatrix
+    return {
+        "export": {
+            "source": {"id": source.id, "revision": source.revision},
+            "method": prepared.quantization.recipe.method,
+            "importance": None if imatrix is None else imatrix.name,
+            "seconds": round(seconds, 3),
+            "peak_rss_bytes": peak,
+            **told,
+            "tensors": tensors,
+            "files": list(files),
+        }
+    }
+
+
+def _unproven(facts: dict[str, object]) -> str:
+    """report.json of an export that was not validated: passed is null, never true."""
+    from llmx.validate.report import SCHEMA
+
+    return json.dumps({"schema": SCHEMA, "passed": None, **facts, "checks": []}, indent=2) + "\n"
+
+
+def _report_path(artifact: Path) -> Path:
+    """report.json beside the artifact; ARTIFACT.report.json where the folder's report tells of another artifact."""
+    path = artifact.with_name(REPORT_NAME)
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))["export"]["files"][0]["name"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return path
+    return path if told == artifact.name else artifact.with_name(f"{artifact.name}.{REPORT_NAME}")
+
+
+def _failure(report: Report, artifact: Path, report_path: Path) -> CheckFailed:
+    problems = [f"{check.name}: {check.value} against {check.limit}: {check.detail}" for check in report.failed]
+    problems += [f"{check.name}: not run: {check.detail}" for check in report.missing]
+    where = f"{artifact}, report {report_path}"
+    return CheckFailed("the artifact did not pass", problems=problems, where=where)

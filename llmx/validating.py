@@ -1,0 +1,107 @@
+"""Rerunning artifacts on their runtimes: `llmx validate`, and what an export asks of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmx.errors import CheckFailed, RuntimeMissing, UsageError
+
+if TYPE_CHECKING:
+    from llmx.models.model import Model
+    from llmx.validate.case import Limits
+    from llmx.validate.report import Report
+
+REPORT_NAME = "report.json"
+RUNTIME_OF_FORMAT = {"gguf": "llama.cpp"}
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def validate(
+    artifact: Path,
+    reference: str | Path | Model,
+    *,
+    revision: str | None = None,
+    text: Path | None = None,
+    limits: Limits | None = None,
+    output: Path | None = None,
+    threads: int = 0,
+    facts: dict[str, object] | None = None,
+) -> Report:
+    """Rerun an artifact on its runtime and judge it against the checkpoint; the report says what passed.
+
+    output: a folder for report.json. facts: more about the artifact, for the report.
+    Raises: IntegrityError for a broken artifact, UsageError for one that is not there or a text that cannot be read.
+    """
+    from llmx.exporters import artifact as files
+    from llmx.models.model import Model, open_model
+    from llmx.progress import stages
+    from llmx.validate.case import Settings
+    from llmx.validate.suite import validate as run_checks
+
+    if not artifact.is_file():
+        raise UsageError("there is no such artifact", where=artifact, fix="give a .gguf file")
+    with stages("validating") as stage:
+        report = run_checks(
+            artifact,
+            reference if isinstance(reference, Model) else open_model(reference, revision),
+            runtime=RUNTIME_OF_FORMAT["gguf"],
+            text=None if text is None else _read_text(text),
+            limits=limits,
+            settings=Settings(threads=threads or available_cores()),
+            progress=stage,
+        )
+    report = replace(report, facts={**report.facts, **(facts or {})})
+    if output is not None:
+        files.make_folder(output)
+        files.write_text(output / REPORT_NAME, report.to_json())
+    return report
+
+
+def limits(
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    max_ppl_ratio: float | None = None,
+    min_tokens_per_second: float | None = None,
+) -> Limits:
+    """What an artifact must keep to pass; None takes the default of its size class."""
+    from llmx.validate.case import Limits
+
+    return Limits(max_kl, min_top1, max_ppl_ratio, min_tokens_per_second)
+
+
+def exit_code(report: Report) -> int:
+    """0 when it passed, 7 when its runtime is missing, 4 otherwise."""
+    if report.passed:
+        return 0
+    if report.failed:
+        return CheckFailed.exit_code
+    return RuntimeMissing.exit_code if missing_runtime() is not None else CheckFailed.exit_code
+
+
+def missing_runtime() -> str | None:
+    """Why the GGUF runtime cannot run here, or None."""
+    from llmx.validate.runtimes import find_runtime
+
+    return find_runtime(RUNTIME_OF_FORMAT["gguf"]).unavailable()
+
+
+def require_runtime() -> None:
+    if (reason := missing_runtime()) is not None:
+        raise RuntimeMissing(
+            f"the runtime {RUNTIME_OF_FORMAT['gguf']} cannot run here: {reason}",
+            fix="pip install 'llmx[llamacpp]', or export unproven with --no-validate",
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("the text cannot be read as UTF-8", where=f"{path}: {error}") from error
