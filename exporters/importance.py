@@ -13,7 +13,7 @@ from llmx.models.model import Model, Weight
 from llmx.progress import Progress, track
 from llmx.quant.calibrate import Calibration, walk
 from llmx.quant.inputs import MatrixInputs
-from llmx.quant.workers import workers
+from llmx.quant.workers import Workers, workers
 
 
 @dataclass(slots=True)
@@ -32,6 +32,22 @@ class _Squares:
 
     def table(self, weight: Weight) -> torch.Tensor | None:
         return None
+
+
+def mean_squares(model: Model, calibration: Calibration, pool: Workers) -> dict[str, np.ndarray]:
+    """Canonical name -> f32[experts, cols] or f32[cols], from one pass of the float model.
+
+    What nothing reached, and the embedding (which no matrix multiplies at the bottom), weighs the same everywhere.
+    """
+    with track(0, "measuring", enabled=False) as progress:
+        seen = _Squares(progress)
+        walk(model, calibration, seen, pool)
+    found = {}
+    for name, experts in seen.sums.items():
+        rows = [squares / max(tokens, 1) for _, (squares, tokens) in sorted(experts.items())]
+        rows = [row if row.any() else np.ones_like(row) for row in rows]
+        found[name] = np.stack(rows) if len(model.weight(name).spec.shape) == 3 else rows[0]
+    return found
 
 
 def measure_importance(

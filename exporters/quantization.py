@@ -26,7 +26,7 @@ from llmx.quant.recipe import CalibrationSettings, Recipe, Resolved, idle_rules,
 
 METHODS = ("auto", "rtn", "awq", "gptq")
 DEVICES = ("auto", "cpu", "cuda")
-LENGTH = 512
+LENGTH = 256
 HELD_OUT_EVERY = 5  # sequences: a fifth judges what the others fitted
 # More tokens cost time in proportion to the model: about this many weights times tokens, within these bounds.
 WORK = 4e12

@@ -201,6 +201,7 @@ def _prepare(request: ExportRequest) -> Prepared:
     from llmx.exporters import gguf, gguf_types, quantization
     from llmx.formats.gguf import parse_size
     from llmx.formats.imatrix import read_imatrix
+    from llmx.models.calibration_text import read_calibration
     from llmx.models.model import open_model
     from llmx.models.tokenizer import open_tokenizer
 
@@ -242,10 +243,12 @@ def _prepare(request: ExportRequest) -> Prepared:
     tokenizer = open_tokenizer(model.checkpoint.folder)
     exporter = gguf.prepare(model, tokenizer, options)
     if request.target_size is not None or request.target_bpw is not None:
-        from llmx.exporters.budget import within_budget
+        from llmx.exporters.budget import Budget, within_budget
 
         size = None if request.target_size is None else parse_size(request.target_size)
-        exporter = within_budget(model, tokenizer, exporter, decided, size, request.target_bpw)
+        text = decided.text or (None if request.calibration is None else read_calibration(request.calibration))
+        budget = Budget(size, request.target_bpw)
+        exporter = within_budget(model, tokenizer, exporter, budget, text, threads)
     return Prepared(request, model, exporter, decided, threads)
 
 
