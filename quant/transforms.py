@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmx.models.architecture import Architecture, Role, TensorSpec
 from llmx.models.folded import Floats, Fold, FoldedModel
@@ -74,9 +75,10 @@ class ScalePair:
         runs = scales.reshape(*scales.shape[:-1], -1, self.run)
         return np.repeat(runs, self.repeat, axis=-2).reshape(*scales.shape[:-1], -1)
 
-    def channels(self, columns: Floats) -> Floats:
-        """f32[…, channels]: the mean over the columns that read a channel, of f32[…, in]."""
-        return columns.reshape(*columns.shape[:-1], -1, self.repeat, self.run).mean(-2).reshape(*columns.shape[:-1], -1)
+    def channels(self, columns: NDArray[np.floating]) -> NDArray[np.floating]:
+        """[…, channels]: the mean over the columns that read a channel, of […, in]."""
+        lead = columns.shape[:-1]
+        return columns.reshape(*lead, -1, self.repeat, self.run).mean(-2).reshape(*lead, -1)
 
 
 def pairs(architecture: Architecture) -> tuple[ScalePair, ...]:
