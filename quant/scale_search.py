@@ -10,7 +10,7 @@ Rows of a producer are divided, rows of a matrix are quantized apart: no pair ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -29,7 +29,7 @@ from llmx.quant.transforms import Folds, ScalePair, pairs
 from llmx.quant.workers import Workers, spans
 
 Tensor = torch.Tensor
-Grids = Callable[[Weight], Grid | None]  # the grid that a matrix will be quantized on; None leaves it float
+Grids = Mapping[str, Grid]  # canonical name -> the grid that the matrix will be quantized on; others stay float
 ROWS = 128  # measured together: their arrays stay in a core's cache
 SAMPLE, LEAST_ROWS = 512, 32  # rows that candidates are ranked on: of all of a pair's matrices, of each one
 FINALISTS = 3  # candidates that are measured on all rows
@@ -145,7 +145,7 @@ class ScaleSearch:
         if pair is None:
             return None
         key = _key(pair, expert)
-        grid = self._grids(weight)
+        grid = self._grids.get(weight.spec.name)
         if grid is not None:
             self._waiting.setdefault(key, []).append(self._consumer(weight, expert, inputs, grid))
         self._due[key] -= 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from llmx.models.folded import Floats  # noqa: E402
-from llmx.models.model import Model, Weight, open_model  # noqa: E402
+from llmx.models.model import Model, open_model  # noqa: E402
 from llmx.models.ops_torch import run  # noqa: E402
 from llmx.quant.awq import Awq, AwqOptions, clip_limits, clipped, integer_groups, search_awq  # noqa: E402
 from llmx.quant.calibrate import Calibration  # noqa: E402
@@ -72,8 +72,10 @@ def some_calibration(model: Model, count: int = 12, length: int = 48) -> Calibra
     return Calibration(batches(tokens.tolist(), 3))
 
 
-def on(name: str) -> Callable[[Weight], Grid]:
-    return lambda weight: grid(name, weight.cols)
+def on(name: str, model: Model, *roles: str) -> dict[str, Grid]:
+    """The grid of that name for every matrix, or for those of some roles."""
+    matrices = [weight for weight in model.weights() if len(weight.spec.shape) > 1]
+    return {w.spec.name: grid(name, w.cols) for w in matrices if not roles or w.spec.role in roles}
 
 
 # ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -254,7 +256,7 @@ def with_outliers(model: Model) -> Model:
 def test_a_walk_finds_the_scales_of_every_pair_and_the_model_stays_the_same(one: Workers) -> None:
     model = with_outliers(open_model(EXAMPLE))
     options = AwqOptions(importance=False)
-    scaling = search_awq(model, some_calibration(model), on("int4-g32-zp"), options, one)
+    scaling = search_awq(model, some_calibration(model), on("int4-g32-zp", model), options, one)
     assert [choice.pair for choice in scaling.choices] == list(pairs(model.architecture))
     assert all(choice.after <= choice.before for choice in scaling.choices)
     norms = [choice for choice in scaling.choices if choice.pair.producer.endswith("norm")]
@@ -267,7 +269,7 @@ def test_a_walk_finds_the_scales_of_every_pair_and_the_model_stays_the_same(one:
 @pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-gpt2"])
 def test_experts_and_plain_mlps_go_through_the_walk(name: str, one: Workers) -> None:
     model = shared(name)
-    scaling = search_awq(model, some_calibration(model), on("int4-g32-zp"), AwqOptions(steps=5), one)
+    scaling = search_awq(model, some_calibration(model), on("int4-g32-zp", model), AwqOptions(steps=5), one)
     wanted = {pair: pair.shape[0] if len(pair.shape) > 1 else 1 for pair in pairs(model.architecture)}
     assert {pair: sum(choice.pair == pair for choice in scaling.choices) for pair in wanted} == wanted
     tokens = list(range(3, 40))
@@ -283,11 +285,13 @@ def test_one_thread_and_two_find_the_same_scales(search: str) -> None:
         with workers(threads) as pool:
             if search == "awq":
                 results.append(
-                    search_awq(model, some_calibration(model), on("int4-g32-sym"), AwqOptions(steps=6), pool)
+                    search_awq(model, some_calibration(model), on("int4-g32-sym", model), AwqOptions(steps=6), pool)
                 )
             else:
                 options = SmoothOptions(alphas=(0.5, 0.3, 0.8))
-                results.append(search_smooth(model, some_calibration(model), on("int8-channel-sym"), options, pool))
+                results.append(
+                    search_smooth(model, some_calibration(model), on("int8-channel-sym", model), options, pool)
+                )
     first, second = results
     assert first.choices == second.choices
     assert first.folds.scales.keys() == second.folds.scales.keys()
@@ -296,9 +300,5 @@ def test_one_thread_and_two_find_the_same_scales(search: str) -> None:
 
 def test_matrices_that_stay_float_are_left_out(one: Workers) -> None:
     model = open_model(EXAMPLE)
-
-    def downs(weight: Weight) -> Grid | None:
-        return grid("int4-g32-zp", weight.cols) if weight.spec.role == "down" else None
-
-    scaling = search_awq(model, some_calibration(model), downs, AwqOptions(steps=4), one)
+    scaling = search_awq(model, some_calibration(model), on("int4-g32-zp", model, "down"), AwqOptions(steps=4), one)
     assert {choice.pair.consumers[0].rpartition(".")[2] for choice in scaling.choices} == {"down"}
