@@ -22,14 +22,14 @@ from llmx.models.model import Model
 from llmx.quant.calibrate import Calibration
 from llmx.quant.grid import GRIDS
 from llmx.quant.inputs import batches
-from llmx.quant.recipe import CalibrationSettings, Recipe, Resolved, idle_rules, resolve
+from llmx.quant.recipe import CalibrationSettings, Recipe, Resolved, Tensor, idle_rules, resolve
 
 METHODS = ("auto", "rtn", "awq", "gptq")
 DEVICES = ("auto", "cpu", "cuda")
 LENGTH = 256
-HELD_OUT_EVERY = 5  # sequences: a fifth judges what the others fitted
+HELD_OUT_EVERY = 10  # sequences: a tenth judges what the others fitted
 # More tokens cost time in proportion to the model: about this many weights times tokens, within these bounds.
-WORK = 4e12
+WORK = 5.5e12
 FEWEST_TOKENS, MOST_TOKENS = 24_576, 131_072
 # Measured on one core: seconds of a whole calibrated export, per weight and token. What `auto` may take.
 SECONDS_PER_WORK = 8e-11
@@ -132,7 +132,7 @@ def quantization(model: Model, wishes: Wishes, recipe: Recipe, base: str, thread
     _check(wishes, recipe)
     specs = [spec for spec in model.architecture.tensors if spec.part == "weight"]
     layers = model.architecture.layers
-    tensors = [(spec.name, spec.role, spec.layer, layers) for spec in specs]
+    tensors: list[Tensor] = [(spec.name, spec.role, spec.layer, layers) for spec in specs]
     resolved = {got.name: got for got in resolve(recipe, tensors)}
     idle = idle_rules(recipe, resolved.values())
     if idle:
