@@ -32,6 +32,7 @@ SHARD_BYTES = 500 << 20
 CHUNK = 1 << 22  # values
 
 WARM_UP = "0.02"
+ROUNDING = ("--method", "rtn")  # a calibration of random weights proves nothing, and its memory is another matter
 # billions of parameters -> hidden, intermediate, layers, heads, grouped heads
 SHAPES = {
     WARM_UP: (256, 512, 1, 8, 2),
@@ -142,7 +143,7 @@ def main() -> None:
     print(f"{header}  ours / stock: {tools.words}")
     types = options.types.split(",")
     with tempfile.TemporaryDirectory() as scratch:
-        warm_up(types, options.threads, Path(scratch))
+        warm_up(types, options.threads, Path(scratch), *ROUNDING)
         source, target, theirs = (Path(scratch) / name for name in ("bf16.gguf", "ours.gguf", "stock.gguf"))
         for size in options.sizes.split(","):
             folder = (options.keep or Path(scratch)) / f"random-{size}b"
@@ -153,7 +154,7 @@ def main() -> None:
                 converted, maker = stock.float_file(tools, folder, "BF16", source, options.threads)
             what = "convert and quantize" if converted else f"quantize only, source by {maker}"
             for type_name in types:
-                ours = export(folder, type_name, options.threads, target)
+                ours = export(folder, type_name, options.threads, target, *ROUNDING)
                 row = _row(size, type_name, total, target.stat().st_size, ours)
                 if tools.here:
                     cost = _stock(tools, source, type_name, converted, options.threads, theirs)

@@ -42,7 +42,7 @@ COSTS = ("wall", "cpu", "peak")
 def drawn_importance(folder: Path, path: Path) -> Path:
     """Write an importance matrix for every matrix of the layers, its values log-normal; returns its path."""
     random = np.random.default_rng(0)
-    steps = api.plan(api.ExportRequest(str(folder), type_name="BF16")).plan.steps
+    steps = api.plan(api.ExportRequest(str(folder), type_name="BF16")).exporter.plan.steps
     matrices = [step for step in steps if step.name.startswith("blk.") and len(step.shape) > 1]
     sums = {step.name: np.exp(random.normal(size=(1, step.shape[-1]))).astype(np.float32) for step in matrices}
     counts = {name: np.ones(1, np.float32) for name in sums}

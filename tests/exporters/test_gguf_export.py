@@ -24,7 +24,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
 def export(model: Path, output: Path, **options: object) -> Path:
-    request = api.ExportRequest(str(model), output=output, validate=False, **options)  # type: ignore[arg-type]
+    request = api.ExportRequest(str(model), output=output, validate=False, method="rtn", **options)  # type: ignore[arg-type]
     return api.export(request).artifact
 
 
@@ -58,8 +58,8 @@ def test_one_and_two_threads_write_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q8_0", "Q4_K_M", "IQ4_XS"])
 def test_the_planned_size_is_the_written_size(tmp_path: Path, type_name: str) -> None:
-    request = api.ExportRequest(str(EXAMPLE), type_name=type_name, output=tmp_path, validate=False)
-    planned = api.plan(request).plan
+    request = api.ExportRequest(str(EXAMPLE), type_name=type_name, output=tmp_path, validate=False, method="rtn")
+    planned = api.plan(request).exporter.plan
     result = api.export(request)
     assert result.artifact.name == planned.files[0].name
     assert result.artifact.stat().st_size == planned.nbytes == result.nbytes
@@ -73,7 +73,7 @@ def test_bfloat16_kept_as_bfloat16_passes_through_bit_for_bit(tmp_path: Path) ->
 
 def test_an_f32_file_restores_the_checkpoint_exactly(tmp_path: Path) -> None:
     file = read_gguf(export(EXAMPLE, tmp_path / "f.gguf", type_name="F32"))
-    export_plan = api.plan(api.ExportRequest(str(EXAMPLE), type_name="F32"))
+    export_plan = api.plan(api.ExportRequest(str(EXAMPLE), type_name="F32")).exporter
     model = open_model(EXAMPLE)
     for name, thunk in restore(file, model, export_plan.entries).items():
         expected = model.checkpoint.bytes(name).view(np.uint16).astype(np.uint32) << 16
@@ -241,7 +241,7 @@ def test_the_name_follows_the_fields_convention_and_the_model_card_travels(tmp_p
     model = Path(shutil.copytree(EXAMPLE, tmp_path / "Tiny-Qwen3-3M-Instruct-v1.2"))
     (model / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a, b]\nbase_model: Qwen/Qwen3-0.6B\n---\n")
     (model / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "eos_token_id": 2}))
-    planned = api.plan(api.ExportRequest(str(model)))
+    planned = api.plan(api.ExportRequest(str(model))).exporter
     assert planned.plan.files[0].name == "Tiny-Qwen3-3M-Instruct-v1.2-Q4_K_M.gguf"
     told = {key: value.value for key, value in planned.metadata.items()}
     assert told["general.finetune"] == "Instruct"
@@ -253,5 +253,5 @@ def test_the_name_follows_the_fields_convention_and_the_model_card_travels(tmp_p
 
 def test_a_model_card_that_cannot_be_read_is_said_in_the_plan(copy: Path) -> None:
     (copy / "README.md").write_text("---\nlicense: [apache: }\n---\n")
-    notes = api.plan(api.ExportRequest(str(copy))).plan.notes
+    notes = api.plan(api.ExportRequest(str(copy))).exporter.plan.notes
     assert any("README.md" in note for note in notes)

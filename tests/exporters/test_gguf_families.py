@@ -130,7 +130,7 @@ def test_what_the_runtime_would_compute_otherwise_is_refused(config: dict[str, A
 def test_what_the_runtime_leaves_out_is_said_in_the_plan(tmp_path: Path) -> None:
     config = SMALL | {"model_type": "mistral", "sliding_window": 64}
     random_checkpoint(tmp_path / "model", config)
-    planned = api.plan(api.ExportRequest(str(tmp_path / "model")))
+    planned = api.plan(api.ExportRequest(str(tmp_path / "model"))).exporter
     assert any("no sliding window: beyond 64 tokens" in note for note in planned.plan.notes)
     assert json.dumps(planned.plan.to_json())
 
