@@ -76,7 +76,7 @@ class PairedOps:
         store: StatisticsStore | None,
     ) -> None:
         self._architecture: Architecture = model.architecture
-        self._batches, self._solver, self._workers, self._store = batches, solver, workers, store
+        self._batches, self._solver, self._workers, self._store = batches, solver, workers.on(device), store
         self._known = store is not None and store.complete
         self._torch = TorchOps(device=device)
         self._device = device
@@ -87,6 +87,7 @@ class PairedOps:
 
     def embed(self, indices: Value, table: Weight) -> Value:
         solved = self._solver.table(table) if table.spec.role == "embedding" else None
+        solved = None if solved is None else solved.to(self._device)
 
         def rows(batch: int) -> Pair:
             ids = indices.at(batch)[0]

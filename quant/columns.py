@@ -1,11 +1,16 @@
-"""The two loops over columns that GPTQ and code descent are made of: numba on the CPU, torch on a GPU.
+"""The loops over columns that GPTQ and exact descent are made of: numba on the CPU, Triton on a GPU.
 
-Rows are independent, so they lie side by side in SIMD lanes: every array is f32[columns, rows]. Both loops work on a
-block of columns; what a block does to the columns outside it is one matrix product, the caller's.
+Rows are independent, so they lie side by side in SIMD lanes: every array is f32[columns, rows]. The loops work on a
+block of columns; what a block does to the columns outside it is one matrix product, the caller's. On a GPU without
+Triton torch's own operations serve, a hundred times more slowly.
 """
 
 from __future__ import annotations
 
+import subprocess
+import warnings
+from functools import cache, lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +32,10 @@ class Levels(NamedTuple):
     table: np.ndarray[Any, Any]  # f32[k], ascending
     middles: np.ndarray[Any, Any]  # f32[k - 1], half-way between neighbours
 
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """table and middles on a GPU, sent there once."""
+        return _sent(self.table.tobytes(), self.middles.tobytes(), device)
+
 
 def levels_of(levels: np.ndarray[Any, Any], allowed: tuple[int, int]) -> Levels:
     """The kernels' view of a grid's levels, from the lowest allowed code to the highest."""
@@ -34,6 +43,12 @@ def levels_of(levels: np.ndarray[Any, Any], allowed: tuple[int, int]) -> Levels:
     even = bool((np.diff(table) == 1).all())
     middles = np.empty(0, np.float32) if even else (table[1:] + table[:-1]) / np.float32(2)
     return Levels(float(table[0]), float(table[-1]), table, middles)
+
+
+@lru_cache(maxsize=256)
+def _sent(table: bytes, middles: bytes, device: torch.device) -> tuple[Tensor, Tensor]:
+    first, second = (torch.tensor(np.frombuffer(part, np.float32), device=device) for part in (table, middles))
+    return first, second
 
 
 @compiled
@@ -109,32 +124,74 @@ def gptq_block(w: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels:
     level, error = torch.empty_like(w), torch.empty_like(w)
     if w.device.type == "cpu":
         _gptq(*_arrays(w, factor, scale, offset), *_kernel(levels), level.numpy(), error.numpy())
-        return level, error
-    table = _Table(levels, w.device)
-    for j in range(len(w)):
-        level[j] = table.nearest(w[j], scale[j], offset[j])
-        error[j] = (w[j] - (scale[j] * level[j] + offset[j])) / factor[j, j]
-        w[j + 1 :].addr_(factor[j, j + 1 :], error[j], alpha=-1)
+    elif kernels := triton_kernels():
+        kernels.gptq(w, factor, scale, offset, levels, level, error)
+    else:
+        for j in range(len(w)):
+            level[j] = _nearest_of(levels, w[j], scale[j], offset[j])
+            error[j] = (w[j] - (scale[j] * level[j] + offset[j])) / factor[j, j]
+            w[j + 1 :].addr_(factor[j, j + 1 :], error[j], alpha=-1)
     return level, error
 
 
 def descend_block(
     value: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor, offset: Tensor, levels: Levels, level: Tensor
 ) -> Tensor:
-    """One sweep of code descent over a block; value, gradient and level are brought up to date, the change returned."""
+    """One sweep of code descent over a block; value and level are brought up to date, the change returned."""
     change = torch.zeros_like(value)
     if value.device.type == "cpu":
         arrays = _arrays(value, gradient, hessian, scale, offset)
         _descend(*arrays, *_kernel(levels), level.numpy(), change.numpy())
-        return change
-    table = _Table(levels, value.device)
-    for j in range(len(value)):
-        found = table.nearest(value[j] - gradient[j] / hessian[j, j], scale[j], offset[j])
-        step = torch.where(found == level[j], 0.0, scale[j] * found + offset[j] - value[j])
-        change[j], level[j] = step, found
-        value[j] += step
-        gradient.addr_(hessian[j], step)
+    elif kernels := triton_kernels():
+        kernels.descend(value, gradient, hessian, scale, offset, levels, level, change)
+    else:
+        gradient = gradient.clone()
+        for j in range(len(value)):
+            found = _nearest_of(levels, value[j] - gradient[j] / hessian[j, j], scale[j], offset[j])
+            step = torch.where(found == level[j], 0.0, scale[j] * found + offset[j] - value[j])
+            change[j], level[j] = step, found
+            value[j] += step
+            gradient.addr_(hessian[j], step)
     return change
+
+
+def moved_together(size: int, device: torch.device) -> int:
+    """Columns whose sub-blocks of that size `move_block` takes at once; `size` where it serves none."""
+    if device.type == "cpu" or (kernels := triton_kernels()) is None:
+        return size
+    return BLOCK if kernels.can_move(size) else size
+
+
+def move_block(level: Tensor, gradient: Tensor, hessian: Tensor, ds: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every sub-block, one after another, the step of (scale, offset) that lowers the loss most; needs Triton.
+
+    ds, do: f32[steps, subs, rows]. Returns the number of the step from 1, 0 for none, u8[subs, rows]; and the change
+    of the values, f32[columns, rows].
+    """
+    chosen = torch.empty(ds.shape[1:], dtype=torch.uint8, device=level.device)
+    change = torch.zeros_like(level)
+    kernels = triton_kernels()
+    assert kernels is not None, "see moved_together"
+    kernels.move(level, gradient, hessian.contiguous(), ds, do, chosen, change)
+    return chosen, change
+
+
+@cache
+def triton_kernels() -> ModuleType | None:
+    """The loops for a CUDA GPU, tried once on two columns; None, with a warning, where Triton cannot compile them."""
+    try:
+        from llmx.quant import columns_triton
+
+        columns_triton.attempt()
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as problem:
+        warnings.warn(
+            f"Triton cannot be used ({problem}): the GPU solves as well without it, and many times more slowly; "
+            "Triton comes with torch for CUDA and needs a C compiler and Python's headers",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return columns_triton
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray[Any, Any]]:
@@ -146,19 +203,10 @@ def _kernel(levels: Levels) -> tuple[Any, ...]:
     return f32(levels.low), f32(levels.high), levels.table, levels.middles
 
 
-class _Table:
-    """A grid's levels on a GPU."""
-
-    __slots__ = ("_high", "_low", "_middles", "_table")
-
-    def __init__(self, levels: Levels, device: torch.device) -> None:
-        self._low, self._high = levels.low, levels.high
-        self._table = torch.from_numpy(levels.table).to(device)
-        self._middles = torch.from_numpy(levels.middles).to(device)
-
-    def nearest(self, v: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        inverse = torch.where(scale.abs() > float(TINY), 1 / scale, 0.0)
-        wanted = (v - offset) * inverse
-        if not len(self._middles):
-            return wanted.round().clamp(self._low, self._high)
-        return self._table[torch.bucketize(wanted, self._middles)]
+def _nearest_of(levels: Levels, v: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """_nearest_row in torch."""
+    wanted = (v - offset) * torch.where(scale.abs() > float(TINY), 1 / scale, 0.0)
+    if not levels.middles.size:
+        return wanted.round().clamp(levels.low, levels.high)
+    table, middles = levels.on(v.device)
+    return table[torch.bucketize(wanted, middles)]

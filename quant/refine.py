@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from llmx.quant.columns import BLOCK, descend_block
+from llmx.quant.columns import BLOCK, descend_block, move_block, moved_together
 from llmx.quant.state import Rows
 from llmx.quant.workers import spans
 
@@ -61,20 +61,27 @@ class Descent:
         scale, offset = rows.subs(rows.scales)
         pairs = [rows.subs(move) for move in moves]
         steps = torch.stack([s - scale for s, _ in pairs]), torch.stack([o - offset for _, o in pairs])
-        chosen = torch.zeros(scale.shape, dtype=torch.int64, device=scale.device)
-        for number, block in enumerate(spans(len(self.value), size)):
-            ds, do = steps[0][:, number], steps[1][:, number]
-            gain = self._gains(block, ds, do)
-            best, place = gain.min(0)
-            better = best < 0
-            chosen[number] = torch.where(better, place + 1, 0)
-            ds, do = (torch.where(better, part.gather(0, place[None])[0], 0.0) for part in (ds, do))
-            change = rows.level[block] * ds + do
+        chosen = torch.empty(scale.shape, dtype=torch.uint8, device=scale.device)
+        for block in spans(len(self.value), moved_together(size, scale.device)):
+            subs = slice(block.start // size, block.stop // size)
+            chosen[subs], change = self._move(block, *(part[:, subs] for part in steps))
             self.gradient.addmm_(self.hessian[:, block], change)
         picked = rows.upright(chosen)
         for number, move in enumerate(moves):
             rows.scales = rows.grid.merge(rows.scales, move, picked == number + 1)
         self.value = rows.value()
+
+    def _move(self, block: slice, ds: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
+        """The best step of every sub-block of a block, as `move_block` returns it. ds, do: f32[moves, subs, rows]."""
+        assert self.rows.level is not None
+        level = self.rows.level[block]
+        if ds.shape[1] > 1:
+            return move_block(level, self.gradient[block], self.hessian[block, block], ds, do)
+        ds, do = ds[:, 0], do[:, 0]
+        best, place = self._gains(block, ds, do).min(0)
+        better = best < 0
+        ds, do = (torch.where(better, part.gather(0, place[None])[0], 0.0) for part in (ds, do))
+        return torch.where(better, place + 1, 0)[None], level * ds + do
 
     def _gains(self, block: slice, ds: Tensor, do: Tensor) -> Tensor:
         """f32[moves, rows]: what each step of (scale, offset) of a sub-block changes the loss by."""

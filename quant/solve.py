@@ -28,7 +28,9 @@ from llmx.quant.workers import Workers, spans
 
 Tensor = torch.Tensor
 PLAIN_SHARE = 0.01  # of damping, where nothing is repaired
-ROWS = 256  # solved together: their arrays stay in a core's cache
+FITTED = 256  # rows whose scales one worker looks for
+# Rows solved together: on the CPU their arrays stay in a core's cache; a GPU wants many at once.
+ROWS = {"cpu": 256, "cuda": 2048}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,20 +127,18 @@ def solve(weight: Tensor, prepared: Prepared, grid: Grid, options: SolveOptions,
         wanted, share, _ = target(weight, prepared, options.shares)
     else:
         wanted, share = weight, PLAIN_SHARE
-    grid = grid.bound(wanted.cpu().numpy())
     hessian = damped(found.fitted.hessian, share)
-    importance = found.fitted.hessian.diagonal().cpu().numpy()
-    importance = importance if importance.any() else np.ones_like(importance)
     factor = prepared.factor(share) if "gptq" in options.methods else None
+    starts = _starts(wanted, found.fitted.hessian.diagonal(), grid, options, workers)
 
     def rows_of(part: slice) -> list[Rows]:
-        made = []
-        chunk = wanted[part]
-        for method in options.methods:
-            made.append(METHODS[method](chunk, grid, importance, hessian, factor, options))
+        sideways = wanted[part].T.contiguous()
+        made = [starts(part) for _ in options.methods]
+        for rows, method in zip(made, options.methods, strict=True):
+            METHODS[method](rows, sideways, hessian, factor, options)
         return made
 
-    parts = workers.map(rows_of, spans(len(weight), ROWS))
+    parts = workers.on(wanted.device).map(rows_of, spans(len(weight), ROWS[wanted.device.type]))
     energy = float((weight @ found.held_out.hessian * weight).sum(dtype=torch.float64)) or 1.0
     judged = found.held_out.pull(weight) if options.repairs else None
     results = {}
@@ -163,6 +163,29 @@ def solve(weight: Tensor, prepared: Prepared, grid: Grid, options: SolveOptions,
     )
 
 
+def _starts(
+    wanted: Tensor, importance: Tensor, grid: Grid, options: SolveOptions, workers: Workers
+) -> Callable[[slice], Rows]:
+    """Rows of `wanted`, rounded to the nearest on the best scales. All are fitted here, on the CPU, by every worker."""
+    values, columns = np.ascontiguousarray(wanted.cpu().numpy()), importance.cpu().numpy()
+    columns = columns if columns.any() else np.ones_like(columns)
+    grid = grid.bound(values)
+
+    def fitted(part: slice) -> tuple[BlockScales, np.ndarray]:
+        scales = grid.fit(values[part], columns, options.effort)
+        return scales, grid.round(values[part], scales)
+
+    found = workers.map(fitted, spans(len(values), FITTED))
+
+    def rows_of(part: slice) -> Rows:
+        pieces = found[part.start // FITTED : -(-part.stop // FITTED)]
+        rows = Rows(grid, _joined([scales for scales, _ in pieces]), part.stop - part.start, wanted.device)
+        rows.set_codes(np.concatenate([codes for _, codes in pieces]))
+        return rows
+
+    return rows_of
+
+
 def _joined(parts: list[BlockScales]) -> BlockScales:
     def all_of(name: str) -> np.ndarray | None:
         fields = [getattr(part, name) for part in parts]
@@ -171,33 +194,23 @@ def _joined(parts: list[BlockScales]) -> BlockScales:
     return BlockScales(*(all_of(name) for name in ("d", "offset", "scales", "mins")))  # type: ignore[arg-type]
 
 
-def _rtn(
-    chunk: Tensor, grid: Grid, importance: np.ndarray, hessian: Tensor, factor: Factor | None, options: SolveOptions
-) -> Rows:
-    weight = np.ascontiguousarray(chunk.cpu().numpy())
-    scales = grid.fit(weight, importance, options.effort)
-    rows = Rows(grid, scales, len(weight), chunk.device)
-    rows.set_codes(grid.round(weight, scales))
-    return rows
+def _rtn(rows: Rows, sideways: Tensor, hessian: Tensor, factor: Factor | None, options: SolveOptions) -> None:
+    """Rounded to the nearest, as the rows are at the start."""
 
 
-def _refined(
-    chunk: Tensor, grid: Grid, importance: np.ndarray, hessian: Tensor, factor: Factor | None, options: SolveOptions
-) -> Rows:
-    rows = _rtn(chunk, grid, importance, hessian, factor, options)
-    refine(rows, chunk.T.contiguous(), hessian, options.sweeps)
-    return rows
+def _refined(rows: Rows, sideways: Tensor, hessian: Tensor, factor: Factor | None, options: SolveOptions) -> None:
+    refine(rows, sideways, hessian, options.sweeps)
 
 
-def _gptq(
-    chunk: Tensor, grid: Grid, importance: np.ndarray, hessian: Tensor, factor: Factor | None, options: SolveOptions
-) -> Rows:
-    rows = _rtn(chunk, grid, importance, hessian, factor, options)
-    sideways = chunk.T.contiguous()
+def _gptq(rows: Rows, sideways: Tensor, hessian: Tensor, factor: Factor | None, options: SolveOptions) -> None:
     if factor is not None:
         gptq(sideways, factor, rows)
     refine(rows, sideways, hessian, options.sweeps)
-    return rows
 
 
-METHODS: dict[str, Callable[..., Rows]] = {"rtn": _rtn, "refined": _refined, "gptq": _gptq}
+# What each does to rows that are rounded to the nearest; sideways: their target, f32[columns, rows].
+METHODS: dict[str, Callable[[Rows, Tensor, Tensor, Factor | None, SolveOptions], None]] = {
+    "rtn": _rtn,
+    "refined": _refined,
+    "gptq": _gptq,
+}

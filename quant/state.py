@@ -35,9 +35,6 @@ class Rows:
     def __post_init__(self) -> None:
         self.levels = levels_of(self.grid.levels, self.grid.allowed)
 
-    def copy(self) -> Rows:
-        return Rows(self.grid, self.scales, self.count, self.device, None if self.level is None else self.level.clone())
-
     def subs(self, scales: BlockScales) -> tuple[Tensor, Tensor]:
         """(scale, offset) of every sub-block, f32[subs of a row, rows]."""
         scale, offset = self.grid.expand(scales)
@@ -58,30 +55,41 @@ class Rows:
     def codes(self) -> np.ndarray[Any, Any]:
         """u8[blocks, block weights]: the codes as the packer wants them."""
         assert self.level is not None, "codes are chosen first"
-        level = np.ascontiguousarray(self.level.T.cpu().numpy())
-        return self._coded(level)
+        if self.levels.middles.size:
+            places = torch.searchsorted(self.levels.on(self.device)[0], self.level)
+        else:
+            places = self.level - self.levels.low
+        codes = (places + self.grid.allowed[0]).to(torch.uint8)
+        return codes.T.contiguous().cpu().numpy().reshape(-1, self.grid.weights)
 
     def set_codes(self, codes: np.ndarray[Any, Any]) -> None:
-        level = torch.from_numpy(self.grid.levels.copy())[torch.from_numpy(codes.astype(np.int64))]
-        self.level = level.reshape(self.count, -1).T.contiguous().to(self.device)
+        level = torch.from_numpy(self.grid.levels.copy()).to(self.device)
+        self.level = level[torch.from_numpy(codes).to(self.device).long()].reshape(self.count, -1).T.contiguous()
 
     def basis(self) -> tuple[Tensor, Tensor | None]:
         """(first, second), f32[columns, rows]: value = d · first + offset · second, d and offset of the block."""
-        first, second = self.grid.basis(self.scales, self.codes())
-        return self.sideways(first), None if second is None else self.sideways(second)
+        if self.device.type == "cpu":
+            first, second = self.grid.basis(self.scales, self.codes())
+            return self.sideways(first), None if second is None else self.sideways(second)
+        assert self.level is not None, "codes are chosen first"
+        # Codes are many and their way to the CPU is long: what multiplies d and offset follows from the value itself.
+        scale, offset = self.columns()
+        d = self._of_blocks(self.scales.d)
+        if self.scales.offset is None:
+            return torch.where(d == 0, 0.0, self.value() / d), None
+        minimum = self._of_blocks(self.scales.offset)
+        second = torch.where(minimum == 0, float(self.scales.mins is None), offset / minimum)
+        return torch.where(d == 0, 0.0, scale * self.level / d), second
 
-    def _coded(self, level: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        lowest = self.grid.allowed[0]
-        if not len(self.levels.middles):
-            codes = level - np.float32(self.levels.low) + np.float32(lowest)
-        else:
-            codes = np.searchsorted(self.levels.table, level) + lowest
-        return codes.astype(np.uint8).reshape(-1, self.grid.weights)
+    def _of_blocks(self, values: np.ndarray[Any, Any]) -> Tensor:
+        """f32[columns, rows] of one number a block."""
+        return self.sideways(values.astype(np.float32)).repeat_interleave(self.grid.weights, 0)
 
     def sideways(self, values: np.ndarray[Any, Any]) -> Tensor:
         """[n, k] of all blocks -> [blocks of a row · k, rows]."""
-        return torch.from_numpy(np.ascontiguousarray(values.reshape(self.count, -1).T)).to(self.device)
+        upright = torch.from_numpy(np.require(values, requirements=["C", "W"])).to(self.device)
+        return upright.reshape(self.count, -1).T.contiguous()
 
     def upright(self, values: Tensor) -> np.ndarray[Any, Any]:
         """[blocks of a row · k, rows] -> [n, k]: the inverse, as the grid lays blocks out."""
-        return np.ascontiguousarray(values.T.cpu().numpy()).reshape(len(self.scales.d), -1)
+        return values.T.contiguous().cpu().numpy().reshape(len(self.scales.d), -1)

@@ -20,7 +20,7 @@ import torch
 from llmx.quant.workers import Workers, spans
 
 Tensor = torch.Tensor
-TILE = 256  # columns of a moment that one worker sums
+TILE = {"cpu": 256, "cuda": 1 << 20}  # columns of a moment that one worker sums: a GPU works on all at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def moments(batches: Sequence[Inputs], workers: Workers) -> Moments:
     hessian = torch.zeros(size, size, device=device)
     drift = torch.zeros(size, size, device=device) if drifts else None
     residual = None if first.residual is None else torch.zeros(first.residual.shape[1], size, device=device)
-    tiles = spans(size, TILE)
+    tiles = spans(size, TILE[device.type])
     for batch in batches:
         right = batch.quantized if batch.weights is None else batch.quantized * batch.weights
         moved = batch.float_ - batch.quantized if drifts else None

@@ -17,14 +17,23 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+FEEDERS = 4  # threads that keep one GPU busy; more would wait for it and for each other
+
+
 class Workers:
     """A pool of threads. `map` gives results in the order of the items."""
 
-    __slots__ = ("_pool", "threads")
+    __slots__ = ("_feeders", "_pool", "threads")
 
-    def __init__(self, threads: int, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, threads: int, pool: ThreadPoolExecutor, feeders: ThreadPoolExecutor) -> None:
         self.threads = threads
-        self._pool = pool
+        self._pool, self._feeders = pool, feeders
+
+    def on(self, device: torch.device | str) -> Workers:
+        """Those for work that torch does on that device: all of them on the CPU, a few on a GPU."""
+        if torch.device(device).type == "cpu":
+            return self
+        return Workers(min(self.threads, FEEDERS), self._feeders, self._feeders)
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """work(item) of every item, in their order. An exception of one is raised here."""
@@ -42,8 +51,8 @@ def workers(threads: int) -> Iterator[Workers]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield Workers(threads, pool)
+        with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(min(threads, FEEDERS)) as feeders:
+            yield Workers(threads, pool, feeders)
     finally:
         torch.set_num_threads(before)
 
