@@ -53,6 +53,10 @@ def each(pairs: Sequence[Pair], work: Callable[..., Tensor]) -> Pair:
     return first, first if all(b is a for a, b in pairs) else work(*(b for _, b in pairs))
 
 
+def _alike(values: Tensor) -> Pair:
+    return values, values
+
+
 def _never() -> Value:
     """A value that a walk over known statistics does not need."""
 
@@ -233,8 +237,8 @@ def walk(model: Model, calibration: Calibration, solver: Solver, workers: Worker
     """Walk the whole model; every matrix goes through the solver once, in the order of the forward pass."""
     batches, device = calibration.batches, calibration.device
     ops = PairedOps(model, batches, solver, workers, device=device, store=calibration.store)
-    tokens = Value(lambda batch: (batches[batch].tokens,) * 2)
-    positions = Value(lambda batch: (torch.arange(batches[batch].tokens.shape[1], device=device),) * 2)
+    tokens = Value(lambda batch: _alike(batches[batch].tokens))
+    positions = Value(lambda batch: _alike(torch.arange(batches[batch].tokens.shape[1], device=device)))
     with torch.inference_mode():
         hidden = ops.enter(embed(model, ops, tokens, positions))
         for index in range(model.architecture.layers):

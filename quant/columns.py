@@ -140,7 +140,8 @@ def descend_block(
     """One sweep of code descent over a block; value and level are brought up to date, the change returned."""
     change = torch.zeros_like(value)
     if value.device.type == "cpu":
-        arrays = _arrays(value, gradient, hessian, scale, offset)
+        # The kernel keeps its own copy of the gradient: the caller's product brings all of it up to date.
+        arrays = _arrays(value, gradient.clone(), hessian, scale, offset)
         _descend(*arrays, *_kernel(levels), level.numpy(), change.numpy())
     elif kernels := triton_kernels():
         kernels.descend(value, gradient, hessian, scale, offset, levels, level, change)

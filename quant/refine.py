@@ -44,7 +44,7 @@ class Descent:
         assert rows.level is not None
         scale, offset = rows.columns()
         for block in spans(len(self.value), BLOCK):
-            gradient = self.gradient[block].contiguous()
+            gradient = self.gradient[block]
             change = descend_block(
                 self.value[block], gradient, self.hessian[block, block].contiguous(), scale[block], offset[block],
                 rows.levels, rows.level[block],

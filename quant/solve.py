@@ -27,7 +27,7 @@ from llmx.quant.statistics import Moments, Statistics
 from llmx.quant.workers import Workers, spans
 
 Tensor = torch.Tensor
-PLAIN_SHARE = 0.01  # of damping, where nothing is repaired
+PLAIN_SHARE = 0.1  # of damping, where nothing is repaired
 FITTED = 256  # rows whose scales one worker looks for
 # Rows solved together: on the CPU their arrays stay in a core's cache; a GPU wants many at once.
 ROWS = {"cpu": 256, "cuda": 2048}
@@ -43,15 +43,15 @@ class SolveOptions:
 
     methods: tuple[str, ...] = ("rtn", "gptq")
     shares: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
-    sweeps: int = 3
+    sweeps: int = 10
     effort: Effort = "balanced"
     repairs: bool = True
 
 
 EFFORTS: dict[Effort, SolveOptions] = {
-    "fast": SolveOptions(shares=(0.1,), sweeps=1, effort="fast"),
+    "fast": SolveOptions(shares=(0.1,), sweeps=2, effort="fast"),
     "balanced": SolveOptions(),
-    "best": SolveOptions(("rtn", "refined", "gptq"), sweeps=6, effort="best"),
+    "best": SolveOptions(("rtn", "refined", "gptq"), sweeps=16, effort="best"),
 }
 
 

@@ -251,7 +251,7 @@ def test_with_nothing_quantized_both_streams_are_one(name: str, opened: Any) -> 
         spec.name
         for spec in model.architecture.tensors
         if spec.part == "weight"
-        and (spec.role in MATRICES - {"embedding"} or spec.role == "embedding" and model.architecture.tied)
+        and (spec.role in MATRICES - {"embedding"} or (spec.role == "embedding" and model.architecture.tied))
     }
 
 
@@ -476,13 +476,13 @@ def test_what_a_layer_of_experts_lacks_is_spread_over_the_experts_of_each_token(
     model, index, expert = opened("mixtral"), 1, 2
     known = measured(model).found[f"layers.{index}.expert_down.weight", expert]
     router = f"layers.{index}.router.weight"
-    parts = [
+    parts = next(
         [
             torch.from_numpy(model.weight(f"layers.{index}.expert_{role}.weight").read())
             for role in ("gate", "up", "down")
         ]
         for _ in range(1)
-    ][0]
+    )
     gate, up, down = (part.reshape(4, -1, part.shape[-1]) for part in parts)
     residual = torch.zeros(64, 48 if False else down.shape[-1], dtype=torch.float64)
     for number, (exact, moved) in enumerate(recorded(model)):

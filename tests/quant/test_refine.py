@@ -28,9 +28,6 @@ STEPS: dict[str, Callable[[Descent], None]] = {
     "supers": Descent.refit_supers,
 }
 # `.contiguous()` of a slice of rows is a view: descend_block moves it, and addmm_ moves it again.
-TWICE = pytest.mark.xfail(
-    reason="on the CPU Descent.sweep_codes adds a block's change to the block's own gradient twice (clone the slice)"
-)
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -61,7 +58,6 @@ def not_above(after: Doubles, before: Doubles) -> bool:
     return bool((after <= before * (1 + 1e-4) + 1e-6).all())
 
 
-@TWICE
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), order=st.permutations(list(STEPS)))
@@ -73,7 +69,6 @@ def test_no_step_raises_the_loss_of_any_row(name: str, seed: int, order: list[st
         assert not_above(lost(descent), before), step
 
 
-@TWICE
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_stay_those_of_what_is_stored(name: str) -> None:
     descent = start(name, 3)
@@ -88,7 +83,6 @@ def test_value_and_gradient_stay_those_of_what_is_stored(name: str) -> None:
         assert np.allclose(decode(name, packed), descent.value.T.numpy(), rtol=1e-5, atol=1e-5)
 
 
-@TWICE
 @pytest.mark.parametrize("name", NAMES)
 def test_refinement_gains_and_gains_more_with_more_sweeps(name: str) -> None:
     losses = []
