@@ -1,4 +1,4 @@
-"""The calibration pass: two models side by side as the decoder has them, and statistics as one would sum them by hand."""
+"""The calibration pass: two models side by side as the decoder has them, and statistics as summed by hand."""
 
 from __future__ import annotations
 
