@@ -24,8 +24,7 @@ class _Squares:
     sums: dict[str, dict[int, tuple[np.ndarray, int]]] = field(default_factory=dict)
 
     def matrix(self, weight: Weight, expert: int | None, inputs: MatrixInputs) -> torch.Tensor | None:
-        squares, tokens = inputs.squares()
-        # An expert that too few tokens reached is measured on all of them; here only its own count.
+        squares, tokens = inputs.squares()  # of an expert's own tokens, however few
         self.sums.setdefault(weight.spec.name, {})[expert or 0] = (squares.cpu().numpy(), tokens)
         self.progress.advance(weight.spec.shape[-2] * weight.spec.shape[-1])
         return None

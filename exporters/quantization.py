@@ -13,7 +13,7 @@ from typing import Any
 
 from llmx.errors import UnsupportedError, UsageError
 from llmx.exporters.gguf_metadata import SCALED, SOLVED
-from llmx.exporters.gguf_types import FILE_TYPES, FLOAT_TYPES, WRITABLE_TYPES, FileType
+from llmx.exporters.gguf_types import FILE_TYPES, WRITABLE_TYPES, FileType
 from llmx.exporters.recipe_file import find_recipe
 from llmx.exporters.solving import Assignment
 from llmx.exporters.statistics_folder import StatisticsFolder, checkpoint_identity
@@ -35,6 +35,7 @@ FEWEST_TOKENS, MOST_TOKENS = 24_576, 131_072
 SECONDS_PER_WORK = 8e-11
 AUTO_SECONDS = 600.0
 EIGHT_BITS = 8.0  # from here on rounding costs nothing that a calibration could win back
+FLOAT_BITS = 16.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +128,14 @@ def file_type_of(recipe: Recipe) -> FileType:
 def quantization(model: Model, wishes: Wishes, recipe: Recipe, base: str, threads: int) -> Quantization:
     """Decide what each tensor gets and what is read for it. base: the mix's base type.
 
-    Raises: UsageError for wishes that contradict each other, and what read_calibration raises.
+    Raises: UsageError for wishes that contradict each other, UnsupportedError for types that GGUF does not have, and
+    what read_calibration raises.
     """
-    _check(wishes, recipe)
     specs = [spec for spec in model.architecture.tensors if spec.part == "weight"]
     layers = model.architecture.layers
     tensors: list[Tensor] = [(spec.name, spec.role, spec.layer, layers) for spec in specs]
     resolved = {got.name: got for got in resolve(recipe, tensors)}
+    _check(wishes, resolved)
     idle = idle_rules(recipe, resolved.values())
     if idle:
         raise UsageError(
@@ -141,12 +143,18 @@ def quantization(model: Model, wishes: Wishes, recipe: Recipe, base: str, thread
             problems=[f"rules[{number}]: {recipe.rules[number].to_json()}" for number in idle],
             fix="mend or remove them",
         )
+    unknown = {got.type for got in resolved.values() if got.type and got.type.upper() not in WRITABLE_TYPES}
+    if unknown:
+        raise UnsupportedError(
+            f"rules of the recipe name no types of GGUF tensors: {', '.join(sorted(unknown))}",
+            fix=f"one of {', '.join(WRITABLE_TYPES)}",
+        )
     parameters = sum(model.weight(spec.name).rows * model.weight(spec.name).cols for spec in specs)
     settings = recipe.calibration or CalibrationSettings(default_tokens(parameters), LENGTH)
     tokens = wishes.tokens or settings.tokens
     length = min(settings.length, model.architecture.context_length)
     device = _device(wishes.device)
-    note = _why_not(wishes, recipe, base, parameters * tokens, device, threads)
+    note = _why_not(wishes, resolved, base, parameters * tokens, device, threads)
     made = Quantization(recipe, resolved, None, tokens, length, device, wishes.statistics)
     if note is not None:
         return replace(made, notes=(note,) if note else ())
@@ -167,15 +175,27 @@ def default_tokens(parameters: int) -> int:
     return int(min(max(WORK / parameters, FEWEST_TOKENS), MOST_TOKENS))
 
 
-def _check(wishes: Wishes, recipe: Recipe) -> None:
+def _wanting(resolved: Mapping[str, Resolved]) -> list[str]:
+    """Methods that some tensor is given and that cannot do without a calibration."""
+    gptq = any(got.method == "gptq" for got in resolved.values())
+    awq = any(got.transform == "awq" for got in resolved.values())
+    return [name for name, wanted in (("gptq", gptq), ("awq", awq)) if wanted]
+
+
+def _rounds(resolved: Mapping[str, Resolved]) -> bool:
+    """Whether every tensor is just rounded to the nearest."""
+    return all(got.method == "rtn" and got.transform is None for got in resolved.values())
+
+
+def _check(wishes: Wishes, resolved: Mapping[str, Resolved]) -> None:
     problems = []
-    if wishes.importance and recipe.method in ("gptq", "awq"):
-        problems.append(f"--imatrix holds mean squares alone, and --method {recipe.method} needs whole second moments")
+    if wishes.importance and (wanting := _wanting(resolved)):
+        problems.append(f"--imatrix holds mean squares alone; {' and '.join(wanting)} need whole second moments")
     if wishes.importance and wishes.calibration is not None:
         problems.append("--imatrix and --calibration both say what inputs weigh")
-    if wishes.statistics is not None and (wishes.importance or (recipe.method == "rtn" and wishes.calibration is None)):
+    if wishes.statistics is not None and (wishes.importance or (_rounds(resolved) and wishes.calibration is None)):
         problems.append("--statistics keeps what a calibration gathers, and this export does not calibrate")
-    if recipe.transform == "smoothquant":
+    if any(got.transform == "smoothquant" for got in resolved.values()):
         problems.append("SmoothQuant is for formats that quantize activations; GGUF does not")
     if wishes.device not in DEVICES:
         problems.append(f"--device is one of {', '.join(DEVICES)}, not {wishes.device!r}")
@@ -193,16 +213,18 @@ def _device(asked: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
-def _why_not(wishes: Wishes, recipe: Recipe, base: str, work: float, device: str, threads: int) -> str | None:
+def _why_not(
+    wishes: Wishes, resolved: Mapping[str, Resolved], base: str, work: float, device: str, threads: int
+) -> str | None:
     """Why nothing is calibrated; "" where nobody would have expected it, None where it is."""
-    asked = wishes.calibration is not None or recipe.method in ("gptq", "awq")
-    if base in FLOAT_TYPES or wishes.importance:
+    if wishes.importance:
         return ""
-    if asked:
+    if wishes.calibration is not None or _wanting(resolved):
         return None
-    if recipe.method == "rtn":
+    smallest = min(bits_of(name) for name in (base, *(got.type.upper() for got in resolved.values() if got.type)))
+    if smallest >= FLOAT_BITS or _rounds(resolved):
         return ""
-    if bits_of(base) >= EIGHT_BITS:
+    if smallest >= EIGHT_BITS:
         return "8-bit weights are rounded to the nearest: a calibration has nothing to win there"
     seconds = work * SECONDS_PER_WORK / threads
     if device == "cpu" and seconds > AUTO_SECONDS:
@@ -253,6 +275,7 @@ def calibration_of(
             "checkpoint": checkpoint_identity(model.checkpoint),
             "text": wanted.text.sha256,
             "sequences": _digest(found),
+            "held_out_every": HELD_OUT_EVERY,
             "effort": wanted.recipe.effort,
             "tensors": {name: [a.type_name, a.method, a.scaled] for name, a in planned.items()},
         }

@@ -28,6 +28,7 @@ from llmx.quant.inputs import MatrixInputs
 from llmx.quant.protocol import Grid
 from llmx.quant.scale_search import Scaling
 from llmx.quant.solve import EFFORTS, Prepared, Solution, SolveOptions, solve
+from llmx.quant.statistics import Statistics
 from llmx.quant.workers import Workers, spans, workers
 
 Bytes = npt.NDArray[np.uint8]
@@ -165,7 +166,7 @@ class MatrixSolver:
         self, weight: Weight, expert: int | None, inputs: MatrixInputs, type_name: str, options: SolveOptions
     ) -> torch.Tensor:
         found = inputs.statistics()
-        if not bool(torch.isfinite(found.fitted.hessian.diagonal()).all()):
+        if not _finite(found):
             raise IntegrityError(
                 "the calibration pass met values that are not finite",
                 where=f"the inputs of {weight.spec.name}",
@@ -194,6 +195,13 @@ class MatrixSolver:
     def _done(self, weight: Weight, line: Line) -> None:
         self.lines.append(line)
         self.progress.advance(line.weights * weight.nbytes // (weight.rows * weight.cols))
+
+
+def _finite(found: Statistics) -> bool:
+    sums = [found.squares]
+    for part in (found.fitted, found.held_out):
+        sums += [tensor for tensor in (part.hessian, part.drift, part.residual) if tensor is not None]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in sums)
 
 
 def grid_of(type_name: str) -> Grid:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -249,6 +250,11 @@ def _prepare(request: ExportRequest) -> Prepared:
         text = decided.text or (None if request.calibration is None else read_calibration(request.calibration))
         budget = Budget(size, request.target_bpw)
         exporter = within_budget(model, tokenizer, exporter, budget, text, threads)
+    if decided.calibrated and not quantization.assignments(decided, gguf.canonical_types(exporter)):
+        raise UsageError(
+            f"a {chosen.name} file holds no quantized tensor: there is nothing to calibrate",
+            fix="leave out --method and --calibration, or choose a smaller type",
+        )
     return Prepared(request, model, exporter, decided, threads)
 
 
@@ -259,6 +265,8 @@ def _check_request(request: ExportRequest) -> None:
         raise UsageError("--bits and --type both choose the type", fix="give one of them")
     if request.target_size is not None and request.target_bpw is not None:
         raise UsageError("--target-size and --target-bpw both set the size", fix="give one of them")
+    if request.target_bpw is not None and not 0 < request.target_bpw < math.inf:
+        raise UsageError(f"--target-bpw {request.target_bpw} is no number of bits", fix="for example 4.2")
     if request.threads < 0:
         raise UsageError("--threads cannot be negative", fix="0 takes every core")
 

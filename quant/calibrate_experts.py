@@ -24,6 +24,8 @@ from llmx.quant.workers import Workers
 Tensor = torch.Tensor
 MINIMUM_TOKENS = 64  # an expert that fewer fitted tokens reach is solved on all tokens of the layer
 Solve = Callable[[Weight, int | None, MatrixInputs], Tensor | None]
+Tokens = Sequence[tuple[Tensor, Tensor]]  # of each batch: (rows i64[n], shares f32[n, 1])
+Gather = Callable[[Tokens], list[Inputs]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,24 +152,31 @@ def _solve_expert(
     everything = [
         (torch.arange(len(b.x), device=b.x.device), torch.ones(len(b.x), 1, device=b.x.device)) for b in routed
     ]
-    seen = everything if pooled else reached
+    fitted_on = everything if pooled else reached
     exact = [ops.expert(matrix, expert) for matrix in layer.matrices]
     solved: list[Tensor] = []
 
-    def ask(matrix: int, gather: Callable[[], list[Inputs]], inputs: MatrixInputs | None = None) -> MatrixInputs:
+    def ask(matrix: int, gather: Gather, inputs: MatrixInputs | None = None) -> MatrixInputs:
         weight = layer.matrices[matrix]
-        inputs = inputs or MatrixInputs(_key(weight, expert), gather, store, workers, pooled=pooled)
+        inputs = inputs or MatrixInputs(
+            _key(weight, expert),
+            lambda: gather(fitted_on),
+            store,
+            workers,
+            pooled=pooled,
+            reached=lambda: gather(reached),
+        )
         found = solve(weight, expert, inputs)
         solved.append(exact[matrix] if found is None else found)
         return inputs
 
-    def inputs_of_gate() -> list[Inputs]:
+    def inputs_of_gate(seen: Tokens) -> list[Inputs]:
         return [
             Inputs(batch.x[rows], batch.quantized[rows], None, share.square(), batch.held_out)
             for batch, (rows, share) in zip(routed, seen, strict=True)
         ]
 
-    def inputs_of_down() -> list[Inputs]:
+    def inputs_of_down(seen: Tokens) -> list[Inputs]:
         def one(item: tuple[_Routed, tuple[Tensor, Tensor]]) -> Inputs:
             batch, (rows, share) = item
             states = gated(batch.x[rows], exact[0], exact[1], layer.activation)

@@ -48,9 +48,12 @@ class StatisticsStore(Protocol):
 
 
 class MatrixInputs:
-    """The inputs of one or more matrices. key: the first matrix with them, "layers.3.q"; an expert's has its number."""
+    """The inputs of one or more matrices. key: the first matrix with them, "layers.3.q"; an expert's has its number.
 
-    __slots__ = ("_found", "_gather", "_pooled", "_store", "_workers", "key")
+    gather: what they are solved on. reached: the inputs themselves, where that is not the same (a pooled expert).
+    """
+
+    __slots__ = ("_found", "_gather", "_pooled", "_reached", "_store", "_workers", "key")
 
     def __init__(
         self,
@@ -60,9 +63,11 @@ class MatrixInputs:
         workers: Workers,
         *,
         pooled: bool = False,
+        reached: Callable[[], list[Inputs]] | None = None,
     ) -> None:
         self.key, self._pooled = key, pooled
         self._gather, self._store, self._workers = gather, store, workers
+        self._reached = reached or gather
         self._found: Statistics | None = None
 
     @classmethod
@@ -78,7 +83,7 @@ class MatrixInputs:
             self._found = self._store.load(self.key) if self._store is not None else None
         if self._found is None:
             self._found = statistics(self._gather(), self._workers, pooled=self._pooled)
-            self._gather = list  # with it go the activations
+            self._gather = self._reached = list  # with them go the activations
             if self._store is not None:
                 self._store.save(self.key, self._found)
         return self._found
@@ -87,7 +92,7 @@ class MatrixInputs:
         """(f32[in], tokens): the sum over tokens of the float inputs' squares, what an importance matrix holds."""
         if self._found is not None:
             return self._found.squares, self._found.tokens
-        gathered = self._gather()
+        gathered = self._reached()
         return sum_of_squares(gathered, self._workers), sum(len(batch.float_) for batch in gathered)
 
 

@@ -247,12 +247,9 @@ def test_with_nothing_quantized_both_streams_are_one(name: str, opened: Any) -> 
         assert torch.equal(exact, moved)
         if not any(model.architecture.sparse_layers):
             assert moved is exact  # computed once
-    assert {name for name, _ in solver.asked} == {
-        spec.name
-        for spec in model.architecture.tensors
-        if spec.part == "weight"
-        and (spec.role in MATRICES - {"embedding"} or (spec.role == "embedding" and model.architecture.tied))
-    }
+    solved = MATRICES if model.architecture.tied else MATRICES - {"embedding"}
+    matrices = {s.name for s in model.architecture.tensors if s.part == "weight" and s.role in solved}
+    assert {matrix for matrix, _ in solver.asked} == matrices
 
 
 def test_every_nth_sequence_is_held_out_and_none_is_lost() -> None:
@@ -417,18 +414,9 @@ def test_an_expert_that_too_few_tokens_reach_is_given_all_of_its_layer(
     opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = opened("mixtral")
-    fitted = [
-        torch.bincount(
-            torch.cat(
-                [
-                    both[1].chosen["layers.0.router.weight"][1].reshape(-1)
-                    for number, both in enumerate(recorded(model))
-                    if not judged(number)
-                ]
-            ),
-            minlength=4,
-        )
-    ][0].tolist()
+    runs = [both[1] for number, both in enumerate(recorded(model)) if not judged(number)]
+    chosen = torch.cat([ops.chosen["layers.0.router.weight"][1].reshape(-1) for ops in runs])
+    fitted = torch.bincount(chosen, minlength=4).tolist()
     limit = sorted(fitted)[2]
     monkeypatch.setattr(calibrate_experts, "MINIMUM_TOKENS", limit)
     found = measured(model).found
@@ -441,8 +429,8 @@ def test_an_expert_that_too_few_tokens_reach_is_given_all_of_its_layer(
             else:
                 assert known.fitted.tokens == count
     pooled = found["layers.0.expert_up.weight", fitted.index(min(fitted))]
-    x = torch.cat([both[1].inputs["layers.0.router.weight"] for n, both in enumerate(recorded(model)) if not judged(n)])
-    assert close(pooled.fitted.hessian, (x.double().T @ x.double()))
+    x = torch.cat([ops.inputs["layers.0.router.weight"] for ops in runs]).double()
+    assert close(pooled.fitted.hessian, x.T @ x)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])
@@ -476,15 +464,9 @@ def test_what_a_layer_of_experts_lacks_is_spread_over_the_experts_of_each_token(
     model, index, expert = opened("mixtral"), 1, 2
     known = measured(model).found[f"layers.{index}.expert_down.weight", expert]
     router = f"layers.{index}.router.weight"
-    parts = next(
-        [
-            torch.from_numpy(model.weight(f"layers.{index}.expert_{role}.weight").read())
-            for role in ("gate", "up", "down")
-        ]
-        for _ in range(1)
-    )
-    gate, up, down = (part.reshape(4, -1, part.shape[-1]) for part in parts)
-    residual = torch.zeros(64, 48 if False else down.shape[-1], dtype=torch.float64)
+    names = [f"layers.{index}.expert_{role}.weight" for role in ("gate", "up", "down")]
+    gate, up, down = (torch.from_numpy(model.weight(n).read()).view(*model.weight(n).spec.shape) for n in names)
+    residual = torch.zeros(*down.shape[1:], dtype=torch.float64)
     for number, (exact, moved) in enumerate(recorded(model)):
         if judged(number):
             continue
