@@ -22,6 +22,7 @@ from llmx.models.model import Model
 from llmx.quant.calibrate import Calibration
 from llmx.quant.grid import GRIDS
 from llmx.quant.inputs import batches
+from llmx.quant.protocol import EFFORTS
 from llmx.quant.recipe import CalibrationSettings, Recipe, Resolved, Tensor, idle_rules, resolve
 
 METHODS = ("auto", "rtn", "awq", "gptq")
@@ -93,15 +94,16 @@ class Wishes:
 def chosen_recipe(wishes: Wishes, type_name: str | None) -> Recipe:
     """The recipe asked for, with what the command line says over it.
 
-    type_name: of --type or --bits. Raises: UsageError for an unknown recipe or method, or two types.
+    type_name: of --type or --bits. Raises: UsageError for an unknown recipe, method or effort, or two types.
     """
     recipe = find_recipe(wishes.recipe) if wishes.recipe is not None else Recipe("command line", type_name or "Q4_K_M")
     if wishes.recipe is not None and type_name is not None and type_name != recipe.type:
         raise UsageError(
             f"the recipe makes {recipe.type}, --type or --bits asks for {type_name}", fix="give one of them"
         )
-    if wishes.method is not None and wishes.method not in METHODS:
-        raise UsageError(f"there is no method {wishes.method!r}", fix=f"choose one of {', '.join(METHODS)}")
+    for what, name, choices in (("method", wishes.method, METHODS), ("effort", wishes.effort, EFFORTS)):
+        if name is not None and name not in choices:
+            raise UsageError(f"there is no {what} {name!r}", fix=f"choose one of {', '.join(choices)}")
     changed: dict[str, Any] = {}
     if wishes.method is not None and (wishes.method != "auto" or wishes.recipe is None):
         changed["method"] = wishes.method
@@ -162,7 +164,9 @@ def quantization(model: Model, wishes: Wishes, recipe: Recipe, base: str, thread
 
 
 def to_measure(model: Model, wishes: Wishes) -> Quantization:
-    """A calibration that only measures inputs."""
+    """A calibration that only measures inputs. Raises: UsageError, and what read_calibration raises."""
+    if problems := _impossible(wishes):
+        raise UsageError("nothing can be measured so", problems=problems)
     parameters = sum(weight.rows * weight.cols for weight in model.weights())
     tokens = wishes.tokens or default_tokens(parameters)
     length = min(LENGTH, model.architecture.context_length)
@@ -197,12 +201,19 @@ def _check(wishes: Wishes, resolved: Mapping[str, Resolved]) -> None:
         problems.append("--statistics keeps what a calibration gathers, and this export does not calibrate")
     if any(got.transform == "smoothquant" for got in resolved.values()):
         problems.append("SmoothQuant is for formats that quantize activations; GGUF does not")
+    problems += _impossible(wishes)
+    if problems:
+        raise UsageError("these options do not go together", problems=problems)
+
+
+def _impossible(wishes: Wishes) -> list[str]:
+    """What no calibration can do."""
+    problems = []
     if wishes.device not in DEVICES:
         problems.append(f"--device is one of {', '.join(DEVICES)}, not {wishes.device!r}")
     if wishes.tokens is not None and wishes.tokens < 1:
         problems.append("--calibration-tokens must be positive")
-    if problems:
-        raise UsageError("these options do not go together", problems=problems)
+    return problems
 
 
 def _device(asked: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmx.errors import CheckFailed, ResourceError, UsageError
-from llmx.validating import REPORT_NAME, available_cores, require_runtime, validate
+from llmx.validating import REPORT_NAME, available_cores, check_threads, require_runtime, validate
 
 if TYPE_CHECKING:
     from llmx.exporters.gguf import GgufExport
@@ -267,8 +267,7 @@ def _check_request(request: ExportRequest) -> None:
         raise UsageError("--target-size and --target-bpw both set the size", fix="give one of them")
     if request.target_bpw is not None and not 0 < request.target_bpw < math.inf:
         raise UsageError(f"--target-bpw {request.target_bpw} is no number of bits", fix="for example 4.2")
-    if request.threads < 0:
-        raise UsageError("--threads cannot be negative", fix="0 takes every core")
+    check_threads(request.threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +320,7 @@ def calibrate(request: CalibrateRequest) -> CalibrateResult:
     from llmx.models.model import open_model
 
     started = time.monotonic()
+    check_threads(request.threads)
     artifact.check_targets([request.output], (), request.force)
     model = open_model(request.model, request.revision)
     wishes = quantization.Wishes(

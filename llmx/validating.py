@@ -23,6 +23,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_threads(threads: int) -> None:
+    """Raises: UsageError for less than none."""
+    if threads < 0:
+        raise UsageError("--threads cannot be negative", fix="0 takes every core")
+
+
 def validate(
     artifact: Path,
     reference: str | Path | Model,
@@ -45,6 +51,7 @@ def validate(
     from llmx.validate.case import Settings
     from llmx.validate.suite import validate as run_checks
 
+    check_threads(threads)
     if not artifact.is_file():
         raise UsageError("there is no such artifact", where=artifact, fix="give a .gguf file")
     with stages("validating") as stage:

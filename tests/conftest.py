@@ -5,14 +5,19 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmx.models.pretokenizers import QWEN2
-from llmx.validate.corpus import CORPUS
+# Before numpy and torch are imported: threads of theirs that spin beside other tests' take longer than one alone.
+for _library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+
+from llmx.models.pretokenizers import QWEN2  # noqa: E402
+from llmx.validate.corpus import CORPUS  # noqa: E402
 
 STORY = """Once upon a time there was a little girl named Lily. She loved to play outside in the big garden.
 One day, she saw a red ball and said: "I want to play with it!" Her mom smiled and said that she could.

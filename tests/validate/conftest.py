@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stock_types import random_checkpoint
 
+from llmx import api
 from llmx.exporters.gguf import GgufOptions, prepare, write
 from llmx.exporters.gguf_metadata import DIGESTS_KEY
 from llmx.exporters.gguf_types import file_type
@@ -51,6 +53,52 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
         model = checkpoint(name)
         target = folder / f"{name}-{type_name}.gguf"
         return (target if target.exists() else export_gguf(model, type_name, target)), model
+
+    return made
+
+
+# Its q and k rows are moved by the exporter; as wide as a block of the k-quants.
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def solved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, Path]]:
+    """(model name or "random llama", method) -> (a sound 4-bit artifact, its checkpoint); each is made once."""
+    folder = tmp_path_factory.mktemp("solved")
+    text = folder / "text.txt"
+    text.write_text(SAMPLE_TEXT)
+
+    def made(name: str, method: str) -> tuple[Path, Path]:
+        model = folder / "model" if name == "random llama" else checkpoint(name)
+        if not model.is_dir():
+            random_checkpoint(model, LLAMA)
+        target = folder / f"{name}-{method}.gguf"
+        if not target.exists():
+            request = api.ExportRequest(
+                str(model),
+                type_name="Q4_K_M",
+                method=method,
+                effort="fast",
+                calibration=text,
+                calibration_tokens=4096,
+                output=target,
+                validate=False,
+            )
+            api.export(request)
+        return target, model
 
     return made
 
