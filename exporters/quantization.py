@@ -28,6 +28,7 @@ from llmx.quant.recipe import CalibrationSettings, Recipe, Resolved, Tensor, idl
 METHODS = ("auto", "rtn", "awq", "gptq")
 DEVICES = ("auto", "cpu", "cuda")
 LENGTH = 256
+SHORTEST = 16  # tokens of a sequence: with fewer, most of what a model sees is its beginning
 HELD_OUT_EVERY = 10  # sequences: a tenth judges what the others fitted
 # More tokens cost time in proportion to the model: about this many weights times tokens, within these bounds.
 WORK = 5.5e12
@@ -153,6 +154,8 @@ def quantization(model: Model, wishes: Wishes, recipe: Recipe, base: str, thread
         )
     parameters = sum(model.weight(spec.name).rows * model.weight(spec.name).cols for spec in specs)
     settings = recipe.calibration or CalibrationSettings(default_tokens(parameters), LENGTH)
+    if settings.length < SHORTEST:
+        raise UsageError(f"calibration.length is {settings.length}; sequences have at least {SHORTEST} tokens")
     tokens = wishes.tokens or settings.tokens
     length = min(settings.length, model.architecture.context_length)
     device = _device(wishes.device)

@@ -161,6 +161,8 @@ def test_tokens_come_from_the_command_line_before_the_recipe_before_the_default(
     assert (decide(plain).tokens, decide(plain).length) == (5000, 100)
     assert decide(plain, tokens=6000).tokens == 6000
     assert decide({"type": "Q4_K_M", "calibration": {"tokens": 5000, "length": 100_000}}).length == 512  # the context
+    with pytest.raises(UsageError, match="at least 16"):
+        decide({"type": "Q4_K_M", "calibration": {"tokens": 5000, "length": 1}})
 
 
 def test_measuring_takes_the_models_own_number_of_tokens(solvable: Callable[[str], Path], some_text: Path) -> None:

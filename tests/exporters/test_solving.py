@@ -181,6 +181,32 @@ def test_the_file_decodes_to_what_the_solver_meant(
             assert np.allclose(model.weight(weight.spec.name).read(), weight.read(), rtol=1e-3), weight.spec.name
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "mixtral"])
+def test_a_scaled_file_decodes_to_the_scaled_model(
+    *, family: str, solve: Callable[..., api.ExportResult], solvable: Callable[[str], Path], meant: Meant,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    kept: list[solving.Solved] = []
+    solver = solve_tensors
+    monkeypatch.setattr(solving, "solve_tensors", lambda *given: kept.append(solver(*given)) or kept[0])
+    result = solve(family, "scaled", method="awq")
+    model, source, (solved,) = (
+        reopened(result.artifact, solvable(family), tmp_path / "re"),
+        open_model(solvable(family)),
+        kept,
+    )
+    moved = 0
+    for weight in solved.model.weights():
+        name, found = weight.spec.name, model.weight(weight.spec.name).read()
+        if (name, None) in meant:
+            assert np.allclose(found, meant[name, None], rtol=1e-5, atol=1e-6), name
+        elif (name, 0) not in meant:
+            assert np.allclose(found, weight.read(), rtol=1e-3, atol=1e-6), name
+            moved += not np.allclose(found, source.weight(name).read(), rtol=1e-3, atol=1e-6)
+    assert moved > 0  # norms that were divided
+    assert solved.scaling is not None and solved.scaling.folds.scales
+
+
 def test_a_tied_embedding_is_solved_as_the_head_and_read_back_at_the_bottom(
     solve: Callable[..., api.ExportResult], meant: Meant
 ) -> None:
