@@ -1,13 +1,13 @@
 """Where the time of a calibrated export goes on a GPU, phase by phase.
 
     python bench/gpu_export.py [--size 1.1 | --model FOLDER] [--type Q4_K_M] [--device cuda] [--tokens 24576]
-        [--calibration FILE] [--output FILE] [--keep FOLDER] [--serial] [--rows 2048] [--feeders 4]
+        [--calibration FILE] [--output FILE] [--keep FOLDER] [--serial]
 
 The model is a random llama checkpoint of bench/large.py, its norms made ones, unless a folder is given. Its weights
 are no model's: their file proves speed, finite values and losses below those of rounding, and nothing else. Caches of
 compiled kernels are filled by a model too small to count. A phase is the time that the main thread spends in it and in
-no phase inside it; --serial waits for the GPU at both ends of each and lets one thread feed it, so that the phases of
-the solver add up too, and the whole takes longer than it would.
+no phase inside it. Without --serial a phase may only queue work that a later one waits for; with it each waits for its
+own, and the whole takes a little longer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llmx.api import ExportRequest, ExportResult, export
 from llmx.exporters import artifact, gguf, solving
 from llmx.formats.safetensors import open_safetensors
 from llmx.models.model import Weight
-from llmx.quant import inputs, refine, solve, workers
+from llmx.quant import inputs, refine, solve
 from llmx.quant.state import Rows
 
 ONE = b"\x80\x3f"  # in bfloat16
@@ -59,7 +59,7 @@ PHASES: dict[tuple[Any, str], str] = {
 
 
 class Clock:
-    """Seconds of each phase in the main thread; of phases in other threads where `serial` keeps them one at a time."""
+    """Seconds of each phase in the main thread. serial: the GPU is waited for wherever a phase begins or ends."""
 
     def __init__(self, serial: bool) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -71,7 +71,7 @@ class Clock:
     def timed(self, work: Callable[..., Any], phase: str) -> Callable[..., Any]:
         @functools.wraps(work)
         def run(*given: Any, **named: Any) -> Any:
-            if not self._serial and threading.current_thread() is not threading.main_thread():
+            if threading.current_thread() is not threading.main_thread():
                 return work(*given, **named)
             self._switch()
             self._running.append(phase)
@@ -166,17 +166,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, default=Path("/tmp/gpu-export"), help="folder of checkpoints and files")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--serial", action="store_true")
-    parser.add_argument("--rows", type=int, help="solved together on the GPU")
-    parser.add_argument("--feeders", type=int, help="threads that feed the GPU")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
     started = time.perf_counter()
-    if options.rows:
-        solve.ROWS["cuda"] = options.rows
-    workers.FEEDERS = 1 if options.serial else options.feeders or workers.FEEDERS
     print(machine())
     small = checkpoint(WARM_UP, options.keep / WARM_UP)
     exported(small, options, options.keep / "warm-up.gguf", 4096)

@@ -18,11 +18,11 @@ import torch
 from llmx.errors import IntegrityError
 from llmx.formats.ggml_blocks import row_bytes
 from llmx.formats.ggml_decode import decode
-from llmx.formats.ggml_packers import pack
+from llmx.formats.ggml_packers import BlockScales, pack
 from llmx.models.model import Model, Weight
 from llmx.progress import Progress, track
 from llmx.quant.awq import AwqOptions, search_awq
-from llmx.quant.calibrate import Calibration, walk
+from llmx.quant.calibrate import Calibration, loaded, walk
 from llmx.quant.grid import GRIDS, encode
 from llmx.quant.inputs import MatrixInputs
 from llmx.quant.protocol import Grid
@@ -35,6 +35,7 @@ Bytes = npt.NDArray[np.uint8]
 # The candidates of each method. The gate always has rounding to the nearest among them.
 METHODS: Mapping[str, tuple[str, ...] | None] = {"rtn": ("rtn",), "gptq": None, "auto": None}
 TABLE_ROWS = 4096  # of an embedding encoded by one worker
+PACKED_ROWS = 256  # of a matrix packed by one worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +177,23 @@ class MatrixSolver:
             self._shared = (inputs, Prepared(found))
         count = weight.spec.shape[-2]
         first = count * (expert or 0)
-        values = torch.from_numpy(weight.read(first, first + count)).to(found.squares.device)
-        weight.release(first, first + count)
+        values = loaded(weight, self.workers, found.squares.device, first, count)
         solution = solve(values, self._shared[1], grid_of(type_name), options, self.workers)
         rows = self._rows_of(weight, type_name)
-        rows[first : first + count] = pack(type_name, solution.scales, solution.codes).reshape(count, -1)
+        self._pack(type_name, solution, rows[first : first + count])
         self._done(weight, _line(weight, expert, type_name, solution, found.tokens, found.pooled))
         return solution.value
+
+    def _pack(self, type_name: str, solution: Solution, rows: Bytes) -> None:
+        """Fills the rows on disk; the workers share them."""
+        blocks = len(solution.codes) // len(rows)
+
+        def packed(part: slice) -> None:
+            own = slice(part.start * blocks, part.stop * blocks)
+            scales = part_of(solution.scales, own)
+            rows[part] = pack(type_name, scales, solution.codes[own]).reshape(part.stop - part.start, -1)
+
+        self.workers.map(packed, spans(len(rows), PACKED_ROWS))
 
     def _rows_of(self, weight: Weight, type_name: str) -> Bytes:
         """The tensor's rows on disk."""
@@ -202,6 +213,12 @@ def _finite(found: Statistics) -> bool:
     for part in (found.fitted, found.held_out):
         sums += [tensor for tensor in (part.hessian, part.drift, part.residual) if tensor is not None]
     return all(bool(torch.isfinite(tensor).all()) for tensor in sums)
+
+
+def part_of(scales: BlockScales, blocks: slice) -> BlockScales:
+    """The scales of some blocks."""
+    fields = (scales.d, scales.offset, scales.scales, scales.mins)
+    return BlockScales(*(None if values is None else values[blocks] for values in fields))  # type: ignore[arg-type]
 
 
 def grid_of(type_name: str) -> Grid:

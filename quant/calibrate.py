@@ -24,9 +24,10 @@ from llmx.models.ops_torch import ACTIVATIONS, TorchOps
 from llmx.quant.calibrate_experts import ExpertMatrices, from_store, mixture
 from llmx.quant.inputs import Batch, MatrixInputs, Pair, StatisticsStore, Value, flat
 from llmx.quant.statistics import Inputs
-from llmx.quant.workers import Workers
+from llmx.quant.workers import Workers, spans
 
 Tensor = torch.Tensor
+READ_ROWS = 512  # of a weight read by one worker
 
 
 class Solver(Protocol):
@@ -80,7 +81,8 @@ class PairedOps:
         store: StatisticsStore | None,
     ) -> None:
         self._architecture: Architecture = model.architecture
-        self._batches, self._solver, self._workers, self._store = batches, solver, workers.on(device), store
+        self._batches, self._solver, self._store = batches, solver, store
+        self._readers, self._workers = workers, workers.on(device)
         self._known = store is not None and store.complete
         self._torch = TorchOps(device=device)
         self._device = device
@@ -110,9 +112,9 @@ class PairedOps:
         solved = self._solver.matrix(weight, None, self._inputs(x, weight))
         if self._known:
             return _never()
-        exact = self._load(weight)
+        exact = loaded(weight, self._readers, self._device)
         rounded = exact if solved is None else solved
-        shift = None if bias is None else self._load(bias)[0]
+        shift = None if bias is None else loaded(bias, self._readers, self._device)[0]
 
         def product(batch: int) -> Pair:
             a, b = x.at(batch)
@@ -218,10 +220,20 @@ class PairedOps:
         first = flat(a)
         return Inputs(first, first if b is a else flat(b), error, held_out=self._batches[number].held_out)
 
-    def _load(self, weight: Weight) -> Tensor:
-        values = torch.from_numpy(weight.read()).to(self._device)
-        weight.release()
-        return values
+
+def loaded(weight: Weight, workers: Workers, device: torch.device | str, start: int = 0, count: int = 0) -> Tensor:
+    """f32[count, cols] of a weight's rows on the device, all rows where count is 0; the workers share the reading."""
+    count = count or weight.rows
+    pinned = torch.device(device).type == "cuda"  # the way to a GPU is short only from such memory
+    values = torch.empty(count, weight.cols, pin_memory=pinned)
+    rows = values.numpy()
+
+    def read(part: slice) -> None:
+        rows[part] = weight.read(start + part.start, start + part.stop)
+
+    workers.map(read, spans(count, READ_ROWS))
+    weight.release(start, start + count)
+    return values.to(device)
 
 
 @dataclass(frozen=True, slots=True)

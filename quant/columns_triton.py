@@ -20,8 +20,8 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from llmx.quant.columns import BLOCK, Levels
 
 Tensor = torch.Tensor
-ROWS, WARPS = 16, 1  # of a program
-MOVE_WARPS = {16: 2, 32: 4}  # weights of a sub-block -> warps whose registers hold its tiles
+ROWS, WARPS = 16, 4  # of a program
+MOVE_WARPS = {16: 8, 32: 8}  # weights of a sub-block -> warps whose registers hold its tiles
 ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and taking it away leaves the nearest whole number
 TINY = tl.constexpr(1e-30)
 

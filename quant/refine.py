@@ -58,8 +58,7 @@ class Descent:
         moves = rows.grid.neighbours(rows.scales)
         if not moves:
             return
-        scale, offset = rows.subs(rows.scales)
-        pairs = [rows.subs(move) for move in moves]
+        (scale, offset), *pairs = rows.subs(rows.scales, *moves)
         steps = torch.stack([s - scale for s, _ in pairs]), torch.stack([o - offset for _, o in pairs])
         chosen = torch.empty(scale.shape, dtype=torch.uint8, device=scale.device)
         for block in spans(len(self.value), moved_together(size, scale.device)):

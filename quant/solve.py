@@ -28,9 +28,9 @@ from llmx.quant.workers import Workers, spans
 
 Tensor = torch.Tensor
 PLAIN_SHARE = 0.1  # of damping, where nothing is repaired
-FITTED = 256  # rows whose scales one worker looks for
+FITTED = 64  # rows whose scales one worker looks for: 16 cores have work in a matrix of 1024
 # Rows solved together: on the CPU their arrays stay in a core's cache; a GPU wants many at once.
-ROWS = {"cpu": 256, "cuda": 2048}
+ROWS = {"cpu": 256, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)

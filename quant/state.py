@@ -7,15 +7,16 @@ f32[columns, rows], because rows are independent and lie side by side.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from llmx.formats.ggml_packers import BlockScales
 from llmx.quant.columns import Levels, levels_of
 
 if TYPE_CHECKING:
-    from llmx.formats.ggml_packers import BlockScales
     from llmx.quant.grid import Grid
 
 Tensor = torch.Tensor
@@ -35,15 +36,48 @@ class Rows:
     def __post_init__(self) -> None:
         self.levels = levels_of(self.grid.levels, self.grid.allowed)
 
-    def subs(self, scales: BlockScales) -> tuple[Tensor, Tensor]:
-        """(scale, offset) of every sub-block, f32[subs of a row, rows]."""
+    def subs(self, *moves: BlockScales) -> list[tuple[Tensor, Tensor]]:
+        """Of each of the scales given, (scale, offset) of every sub-block, f32[subs of a row, rows]."""
+        return [self._expanded(scales) for scales in moves] if self.device.type == "cpu" else self._sent(moves)
+
+    def _expanded(self, scales: BlockScales) -> tuple[Tensor, Tensor]:
         scale, offset = self.grid.expand(scales)
         flat = self.sideways(scale)
         return flat, torch.zeros_like(flat) if offset is None else self.sideways(offset)
 
+    def _sent(self, moves: tuple[BlockScales, ...]) -> list[tuple[Tensor, Tensor]]:
+        """The same, the integers sent to the GPU as they are stored, each array once, and expanded there."""
+        sent: dict[int, Tensor] = {}
+
+        def there(values: np.ndarray[Any, Any], table: Tensor | None = None) -> Tensor:
+            if id(values) not in sent:
+                if table is None:
+                    sent[id(values)] = self.sideways(values.astype(np.float32))
+                else:
+                    sent[id(values)] = table[self.sideways(values.view(np.uint8)).long()]
+            return sent[id(values)]
+
+        def wide(block: Tensor, like: Tensor) -> Tensor:
+            return block.repeat_interleave(len(like) // len(block), 0)
+
+        first = moves[0]
+        stored = (None if part is None else part.dtype for part in (first.scales, first.mins))
+        tables = _meanings(self.grid, first.offset is not None, *stored, self.device)
+        pairs = []
+        for scales in moves:
+            d = there(scales.d)
+            factor = None if scales.scales is None else there(scales.scales, tables[0])
+            scale = d if factor is None else wide(d, factor) * factor
+            offset = torch.zeros_like(scale) if scales.offset is None else wide(there(scales.offset), scale)
+            if scales.mins is not None:
+                mins = there(scales.mins, tables[1])
+                offset = (scale if scales.offset is None else offset) * mins
+            pairs.append((scale, offset))
+        return pairs
+
     def columns(self) -> tuple[Tensor, Tensor]:
         """(scale, offset) of every weight, f32[columns, rows]."""
-        scale, offset = self.subs(self.scales)
+        ((scale, offset),) = self.subs(self.scales)
         return scale.repeat_interleave(self.grid.size, 0), offset.repeat_interleave(self.grid.size, 0)
 
     def value(self) -> Tensor:
@@ -93,3 +127,25 @@ class Rows:
     def upright(self, values: Tensor) -> np.ndarray[Any, Any]:
         """[blocks of a row · k, rows] -> [n, k]: the inverse, as the grid lays blocks out."""
         return values.T.contiguous().cpu().numpy().reshape(len(self.scales.d), -1)
+
+
+@lru_cache(maxsize=64)
+def _meanings(
+    grid: Grid, offset: bool, scales: np.dtype | None, mins: np.dtype | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """f32[256] of each byte that a sub-block's scale or minimum may be: what it multiplies d or offset by.
+
+    offset: whether the grid has one. scales, mins: how its integers are stored, None where it has none.
+    """
+    integers, one = np.arange(256, dtype=np.uint8)[:, None], np.ones(256, np.float32)
+    known = BlockScales(
+        one,
+        one if offset else None,
+        None if scales is None else integers.view(scales),
+        None if mins is None else integers.view(mins),
+    )
+    first, second = (
+        torch.tensor(np.broadcast_to(one[:, None] if part is None else part, (256, 1))[:, 0].tolist(), device=device)
+        for part in grid.expand(known)
+    )
+    return first, second

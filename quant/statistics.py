@@ -95,7 +95,7 @@ def moments(batches: Sequence[Inputs], workers: Workers) -> Moments:
     hessian = torch.zeros(size, size, device=device)
     drift = torch.zeros(size, size, device=device) if drifts else None
     residual = None if first.residual is None else torch.zeros(first.residual.shape[1], size, device=device)
-    tiles = spans(size, TILE[device.type])
+    tiles, workers = spans(size, TILE[device.type]), workers.on(device)
     for batch in batches:
         right = batch.quantized if batch.weights is None else batch.quantized * batch.weights
         moved = batch.float_ - batch.quantized if drifts else None
@@ -125,4 +125,5 @@ def statistics(batches: Sequence[Inputs], workers: Workers, *, pooled: bool = Fa
 
 def sum_of_squares(batches: Sequence[Inputs], workers: Workers) -> Tensor:
     """f32[in]: Σ x² of the float inputs, added batch by batch."""
+    workers = workers.on(batches[0].float_.device)
     return torch.stack(workers.map(lambda batch: batch.float_.square().sum(0), batches)).sum(0)

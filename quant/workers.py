@@ -17,23 +17,21 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-FEEDERS = 4  # threads that keep one GPU busy; more would wait for it and for each other
-
-
 class Workers:
-    """A pool of threads. `map` gives results in the order of the items."""
+    """A pool of threads, or the caller's own alone. `map` gives results in the order of the items."""
 
-    __slots__ = ("_feeders", "_pool", "threads")
+    __slots__ = ("_pool", "threads")
 
-    def __init__(self, threads: int, pool: ThreadPoolExecutor, feeders: ThreadPoolExecutor) -> None:
+    def __init__(self, threads: int, pool: ThreadPoolExecutor | None) -> None:
         self.threads = threads
-        self._pool, self._feeders = pool, feeders
+        self._pool = pool
 
     def on(self, device: torch.device | str) -> Workers:
-        """Those for work that torch does on that device: all of them on the CPU, a few on a GPU."""
-        if torch.device(device).type == "cpu":
-            return self
-        return Workers(min(self.threads, FEEDERS), self._feeders, self._feeders)
+        """Those for work that torch does on that device: all of them on the CPU, and the caller alone on a GPU.
+
+        A GPU is fed in many small steps of Python: two threads wait for each other, and six take longer than one.
+        """
+        return self if torch.device(device).type == "cpu" else Workers(1, None)
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """work(item) of every item, in their order. An exception of one is raised here."""
@@ -42,7 +40,7 @@ class Workers:
             with torch.inference_mode():  # a thread's own setting
                 return work(item)
 
-        return list(self._pool.map(alone, items))
+        return list(map(alone, items) if self._pool is None else self._pool.map(alone, items))
 
 
 @contextmanager
@@ -51,8 +49,8 @@ def workers(threads: int) -> Iterator[Workers]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(min(threads, FEEDERS)) as feeders:
-            yield Workers(threads, pool, feeders)
+        with ThreadPoolExecutor(threads) as pool:
+            yield Workers(threads, pool)
     finally:
         torch.set_num_threads(before)
 
