@@ -28,9 +28,9 @@ from llmx.quant.workers import workers
 if TYPE_CHECKING:
     from llmx.models.tokenizer import Tokenizer
 
-# Types that llama.cpp runs fast and that no other of the same size beats; short rows take their fall-backs.
+# One type of each size that the exporter writes; short rows take their fall-backs.
 TYPES: tuple[str, ...] = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-TOKENS, LENGTH = 2048, 256  # measured on: the order of the tensors is stable long before their losses are
+TOKENS, LENGTH = 2048, 256  # that losses are measured on: a model's every tensor costs a pass over them
 
 
 @dataclass(frozen=True, slots=True)

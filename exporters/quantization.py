@@ -33,7 +33,8 @@ HELD_OUT_EVERY = 10  # sequences: a tenth judges what the others fitted
 # More tokens cost time in proportion to the model: about this many weights times tokens, within these bounds.
 WORK = 5.5e12
 FEWEST_TOKENS, MOST_TOKENS = 24_576, 131_072
-# Measured on one core: seconds of a whole calibrated export, per weight and token. What `auto` may take.
+# Seconds of a whole calibrated export on one core, per weight and token: measured with three sweeps of refinement, so
+# too low for the ten of today. And what `auto` may take.
 SECONDS_PER_WORK = 8e-11
 AUTO_SECONDS = 600.0
 EIGHT_BITS = 8.0  # from here on rounding costs nothing that a calibration could win back

@@ -25,7 +25,6 @@ from llmx.quant.awq import AwqOptions, search_awq
 from llmx.quant.calibrate import Calibration, loaded, walk
 from llmx.quant.grid import GRIDS, encode
 from llmx.quant.inputs import MatrixInputs
-from llmx.quant.protocol import Grid
 from llmx.quant.scale_search import Scaling
 from llmx.quant.solve import EFFORTS, Prepared, Solution, SolveOptions, solve
 from llmx.quant.statistics import Statistics
@@ -136,9 +135,7 @@ class MatrixSolver:
         assigned = self.assignments.get(name)
         if assigned is None or (self.tied and weight.spec.role == "embedding"):
             return None
-        candidates = METHODS[assigned.method]
-        options = self.options if candidates is None else replace(self.options, methods=candidates)
-        return self._solve(weight, expert, inputs, assigned.type_name, options)
+        return self._solve(weight, expert, inputs, assigned.type_name, self._options(assigned))
 
     def table(self, weight: Weight) -> torch.Tensor | None:
         """The embedding: solved as the head where it is that too, else rounded to the nearest."""
@@ -146,8 +143,7 @@ class MatrixSolver:
         if assigned is None:
             return None
         if self.head is not None:
-            candidates = METHODS[assigned.method]
-            options = replace(self.options, repairs=False, methods=candidates or self.options.methods)
+            options = replace(self._options(assigned), repairs=False)
             return self._solve(weight, None, self.head, assigned.type_name, options)
         started = time.monotonic()
         rows = self._rows_of(weight, assigned.type_name)
@@ -162,6 +158,10 @@ class MatrixSolver:
         line = Line(weight.spec.name, None, assigned.type_name, "rtn", None, None, None, None, False, size, spent)
         self._done(weight, line)
         return torch.from_numpy(decode(assigned.type_name, rows))
+
+    def _options(self, assigned: Assignment) -> SolveOptions:
+        """With the candidates of the tensor's method."""
+        return replace(self.options, methods=METHODS[assigned.method] or self.options.methods)
 
     def _solve(
         self, weight: Weight, expert: int | None, inputs: MatrixInputs, type_name: str, options: SolveOptions
@@ -178,7 +178,7 @@ class MatrixSolver:
         count = weight.spec.shape[-2]
         first = count * (expert or 0)
         values = loaded(weight, self.workers, found.squares.device, first, count)
-        solution = solve(values, self._shared[1], grid_of(type_name), options, self.workers)
+        solution = solve(values, self._shared[1], GRIDS[type_name], options, self.workers)
         rows = self._rows_of(weight, type_name)
         self._pack(type_name, solution, rows[first : first + count])
         self._done(weight, _line(weight, expert, type_name, solution, found.tokens, found.pooled))
@@ -219,10 +219,6 @@ def part_of(scales: BlockScales, blocks: slice) -> BlockScales:
     """The scales of some blocks."""
     fields = (scales.d, scales.offset, scales.scales, scales.mins)
     return BlockScales(*(None if values is None else values[blocks] for values in fields))  # type: ignore[arg-type]
-
-
-def grid_of(type_name: str) -> Grid:
-    return GRIDS[type_name]
 
 
 def _line(weight: Weight, expert: int | None, type_name: str, found: Solution, tokens: int, pooled: bool) -> Line:
@@ -268,7 +264,7 @@ def solve_tensors(
     tied = model.architecture.tied
     with workers(threads) as pool, track(total, "solving") as progress:
         scaling = None
-        scaled = {name: grid_of(a.type_name) for name, a in assignments.items() if a.scaled}
+        scaled = {name: GRIDS[a.type_name] for name, a in assignments.items() if a.scaled}
         if scaled:
             scaling = search_awq(model, calibration, scaled, AwqOptions(), pool)
             model = scaling.folds.applied(model)

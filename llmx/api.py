@@ -7,15 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llmx.errors import UsageError
-from llmx.exporting import (
-    CalibrateRequest,
-    CalibrateResult,
-    ExportRequest,
-    ExportResult,
-    calibrate,
-    export,
-    plan,
-)
+from llmx.exporting import ExportRequest, ExportResult, export, plan
+from llmx.measuring import CalibrateRequest, CalibrateResult, calibrate
 from llmx.validating import available_cores, exit_code, limits, validate
 
 __all__ = [

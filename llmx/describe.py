@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmx.exporting import CalibrateResult, ExportResult, Prepared
+    from llmx.exporting import ExportResult, Prepared
+    from llmx.measuring import CalibrateResult
     from llmx.validate.report import Report
 
 _SHOWN_ITEMS = 4

@@ -30,7 +30,7 @@ LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SEPARATOR = "\n\n"  # between texts that are no conversations
 TEXT_BYTES = 256 << 20  # read whole; a calibration takes some hundred thousand tokens of it, so more buys nothing
 # Statistics from fewer positions than a layer has columns have no full rank, and even small layers have about a
-# thousand columns; half of the positions are held out.
+# thousand columns; some of the positions are held out.
 MINIMUM_TOKENS = 2048
 BLOCK = 1 << 16  # characters that are kept or left out together, so that the text is read in long runs
 THIN_ABOVE = 1 << 20  # characters that are tokenized whatever is asked for

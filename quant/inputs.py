@@ -53,7 +53,7 @@ class MatrixInputs:
     gather: what they are solved on. reached: the inputs themselves, where that is not the same (a pooled expert).
     """
 
-    __slots__ = ("_found", "_gather", "_pooled", "_reached", "_store", "_workers", "key")
+    __slots__ = ("_found", "_gather", "_pooled", "_reached", "_squares", "_store", "_workers", "key")
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class MatrixInputs:
         self._gather, self._store, self._workers = gather, store, workers
         self._reached = reached or gather
         self._found: Statistics | None = None
+        self._squares: tuple[Tensor, int] | None = None
 
     @classmethod
     def known(cls, key: str, found: Statistics, workers: Workers) -> MatrixInputs:
@@ -92,8 +93,10 @@ class MatrixInputs:
         """(f32[in], tokens): the sum over tokens of the float inputs' squares, what an importance matrix holds."""
         if self._found is not None:
             return self._found.squares, self._found.tokens
-        gathered = self._reached()
-        return sum_of_squares(gathered, self._workers), sum(len(batch.float_) for batch in gathered)
+        if self._squares is None:  # q, k and v ask for the same
+            gathered = self._reached()
+            self._squares = sum_of_squares(gathered, self._workers), sum(len(batch.float_) for batch in gathered)
+        return self._squares
 
 
 class Value:

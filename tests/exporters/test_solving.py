@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,14 @@ from llmx.errors import IntegrityError
 from llmx.exporters import solving
 from llmx.exporters.gguf_families import gguf_family
 from llmx.exporters.gguf_tensors import entries, restore
-from llmx.exporters.solving import Assignment, MatrixSolver, grid_of, solve_tensors
+from llmx.exporters.solving import Assignment, MatrixSolver, solve_tensors
 from llmx.formats.gguf import read_gguf
 from llmx.formats.safetensors import write_safetensors
 from llmx.models.model import Model, Weight, open_model
 from llmx.models.ops_torch import TorchOps
 from llmx.progress import track
 from llmx.quant.calibrate import Calibration
+from llmx.quant.grid import GRIDS
 from llmx.quant.inputs import MatrixInputs, batches
 from llmx.quant.solve import EFFORTS
 from llmx.quant.statistics import Moments, Statistics
@@ -53,6 +57,22 @@ def one() -> Iterator[Workers]:
 
 
 # The same bytes.
+
+
+def test_the_libraries_own_threads_do_not_change_a_byte(
+    solvable: Callable[[str], Path], some_text: Path, tmp_path: Path
+) -> None:
+    # The other tests run with these libraries on one thread; a user's are not.
+    free = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    made = []
+    for number, environment in enumerate((free, {**free, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})):
+        target = tmp_path / f"{number}.gguf"
+        command = [sys.executable, "-m", "llmx.cli", "export", str(solvable("llama")), "--method", "gptq"]
+        command += ["--effort", "fast", "--calibration", str(some_text), "--calibration-tokens", "3072"]
+        command += ["--threads", str(number + 1), "--no-validate", "-o", str(target)]
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+        made.append(target.read_bytes())
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize(("family", "method"), [("llama", "gptq"), ("mixtral", "gptq"), ("qwen3-tied", "awq")])
@@ -327,4 +347,4 @@ def test_every_method_of_the_table_can_be_solved_with() -> None:
     assert set(solving.METHODS) == {"rtn", "gptq", "auto"}
     assert all(chosen is None or "rtn" in chosen for chosen in solving.METHODS.values())
     assert all("rtn" in options.methods for options in EFFORTS.values())
-    assert grid_of("Q4_K").name == "Q4_K"
+    assert GRIDS["Q4_K"].name == "Q4_K"
