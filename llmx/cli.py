@@ -6,75 +6,15 @@ Exit codes: 0 passed, 1 internal, 2 usage, 3 unsupported, 4 a check failed, 5 no
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from llmx import options
 from llmx.errors import LlmxError
-
-JSON_OPTION = "--json"
-
-_json = click.option(JSON_OPTION, "as_json", is_flag=True, help="Print one JSON object on stdout.")
-_revision = click.option("--revision", metavar="REV", help="Revision of a hub model (branch, tag or commit).")
-_threads = click.option("--threads", type=int, default=0, show_default="all cores", help="Worker threads.")
-_FILE = click.Path(path_type=Path, dir_okay=False)
-_ANY = click.Path(path_type=Path)
-
-
-def _several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """One decorator from many, in reading order."""
-
-    def decorate(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_what = _several(
-    click.option("--format", "format_", default="gguf", show_default=True, help="Target format: gguf."),
-    click.option("--bits", type=int, help="Size class: 2, 3, 4, 5, 6, 8, 16 or 32. [default: 4]"),
-    click.option("--type", "type_name", metavar="NAME", help="Exact file type, for example Q4_K_M, IQ4_XS, BF16."),
-    click.option(
-        "--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Type of single tensors; repeatable."
-    ),
-    click.option("--imatrix", type=_FILE, help="Importance matrix file, GGUF or legacy .dat."),
-    click.option("--split-max-size", metavar="SIZE", help="Split into files of at most this size, for example 2GB."),
-    _revision,
-)
-_device = click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu or cuda.")
-_calibration = _several(
-    click.option(
-        "--calibration", type=_FILE, metavar="FILE", help="Text or JSON Lines to calibrate on. [default: built in]"
-    ),
-    click.option("--calibration-tokens", type=int, metavar="N", help="How many tokens of it. [default: by model size]"),
-    _device,
-)
-_how = _several(
-    click.option("--recipe", metavar="NAME|FILE", help="A recipe: q4_k_m+gptq, w4a16-awq, … or a YAML file."),
-    click.option("--method", help="auto, rtn, awq or gptq. [default: auto, which calibrates where it takes minutes]"),
-    click.option("--effort", help="fast, balanced or best. [default: balanced]"),
-    _calibration,
-    click.option(
-        "--statistics", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
-        help="Keep the calibration's statistics here, and go on from those that are.",
-    ),
-    click.option("--target-size", metavar="SIZE", help="Choose every tensor's type so that the file fits, e.g. 900MB."),
-    click.option("--target-bpw", type=float, metavar="BITS", help="The same by bits per weight, for example 4.2."),
-)  # fmt: skip
-_limits = _several(
-    click.option("--text", type=_FILE, help="Text to judge on. [default: a built-in mixed text]"),
-    click.option("--max-kl", type=float, help="Largest mean KL divergence to pass."),
-    click.option("--min-top1", type=float, help="Smallest share of equal most likely tokens to pass."),
-    click.option("--max-ppl-ratio", type=float, help="Largest perplexity ratio to pass."),
-    click.option("--min-tokens-per-second", type=float, help="Slowest decoding to pass."),
-)
 
 
 @click.group(
@@ -87,14 +27,14 @@ def commands() -> None:
 
 @commands.command(short_help="Quantize, write, rerun on the target runtime, report.")
 @click.argument("model")
-@_what
-@_how
-@click.option("-o", "--output", type=_ANY, default=Path(), show_default=".", help="A folder, or a .gguf file.")
-@_threads
+@options.what
+@options.how
+@click.option("-o", "--output", type=options.ANY, default=Path(), show_default=".", help="A folder, or a .gguf file.")
+@options.threads
 @click.option("--validate/--no-validate", default=True, show_default=True, help="Rerun the artifact on its runtime.")
-@_limits
+@options.limits
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
-@_json
+@options.json_option
 def export(output: Path, validate: bool, force: bool, as_json: bool, **chosen: Any) -> None:
     """Turn MODEL (a folder or a hub id) into an artifact, rerun it on its runtime and report.
 
@@ -109,17 +49,17 @@ def export(output: Path, validate: bool, force: bool, as_json: bool, **chosen: A
     from llmx import api, describe
 
     result = api.export(_request(output=output, validate=validate, force=force, **chosen))
-    _answer(as_json, result.to_json(), lambda: describe.export(result))
+    options.answer(as_json, result.to_json(), lambda: describe.export(result))
 
 
 @commands.command(short_help="Rerun an artifact and judge it against its model.")
-@click.argument("artifact", type=_ANY)
+@click.argument("artifact", type=options.ANY)
 @click.option("--reference", required=True, metavar="MODEL", help="The checkpoint it was made from: folder or hub id.")
-@_revision
-@click.option("-o", "--output", type=_ANY, help="Folder for report.json.")
-@_threads
-@_limits
-@_json
+@options.revision
+@click.option("-o", "--output", type=options.ANY, help="Folder for report.json.")
+@options.threads
+@options.limits
+@options.json_option
 def validate(artifact: Path, reference: str, output: Path | None, as_json: bool, **chosen: Any) -> None:
     """Rerun ARTIFACT, ours or anybody's, on its runtime and judge it against MODEL.
 
@@ -135,16 +75,16 @@ def validate(artifact: Path, reference: str, output: Path | None, as_json: bool,
     report = api.validate(
         artifact, reference, revision=revision, text=text, limits=api.limits(**chosen), output=output, threads=threads
     )
-    _answer(as_json, report.to_dict(), lambda: describe.report(report))
+    options.answer(as_json, report.to_dict(), lambda: describe.report(report))
     click.get_current_context().exit(api.exit_code(report))
 
 
 @commands.command(short_help="What an export would write, before a weight is read.")
 @click.argument("model")
-@_what
-@_how
-@_threads
-@_json
+@options.what
+@options.how
+@options.threads
+@options.json_option
 def plan(as_json: bool, **chosen: Any) -> None:
     """Print every tensor's type, the exact output size, the memory and the fall-backs, without reading a weight.
 
@@ -155,17 +95,17 @@ def plan(as_json: bool, **chosen: Any) -> None:
     from llmx import api, describe
 
     planned = api.plan(_request(**chosen))
-    _answer(as_json, planned.described(), lambda: describe.plan(planned))
+    options.answer(as_json, planned.described(), lambda: describe.plan(planned))
 
 
 @commands.command(short_help="Measure an importance matrix.")
 @click.argument("model")
-@_calibration
-@_revision
-@click.option("-o", "--output", type=_FILE, required=True, help="The importance matrix to write, a .gguf file.")
-@_threads
+@options.calibration
+@options.revision
+@click.option("-o", "--output", type=options.FILE, required=True, help="The importance matrix to write, a .gguf file.")
+@options.threads
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
-@_json
+@options.json_option
 def calibrate(as_json: bool, **chosen: Any) -> None:
     """Run MODEL over a text and write the mean squares of every matrix's inputs: an importance matrix.
 
@@ -178,12 +118,12 @@ def calibrate(as_json: bool, **chosen: Any) -> None:
     from llmx import api, describe
 
     result = api.calibrate(api.CalibrateRequest(**chosen))
-    _answer(as_json, result.to_json(), lambda: describe.calibrated(result))
+    options.answer(as_json, result.to_json(), lambda: describe.calibrated(result))
 
 
 @commands.command(short_help="What a GGUF file holds.")
-@click.argument("file", type=_ANY)
-@_json
+@click.argument("file", type=options.ANY)
+@options.json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Print the metadata, types and tensors of any GGUF FILE, split sets included.
 
@@ -194,11 +134,11 @@ def inspect(file: Path, as_json: bool) -> None:
     from llmx import api, describe
 
     found = api.inspect(file)
-    _answer(as_json, found, lambda: describe.file(found))
+    options.answer(as_json, found, lambda: describe.file(found))
 
 
 @commands.command(short_help="Which runtimes are here, and why not.")
-@_json
+@options.json_option
 def doctor(as_json: bool) -> None:
     """Print which runtimes and libraries are installed, and why a runtime cannot be used.
 
@@ -209,7 +149,7 @@ def doctor(as_json: bool) -> None:
     from llmx import api, describe
 
     found = api.doctor()
-    _answer(as_json, found, lambda: describe.doctor(found))
+    options.answer(as_json, found, lambda: describe.doctor(found))
 
 
 def _request(
@@ -229,18 +169,6 @@ def _request(
     return api.ExportRequest(model=model, format=format_, limits=judged, **chosen)
 
 
-def _answer(as_json: bool, value: dict[str, Any], words: Callable[[], str]) -> None:
-    """The result on stdout: one JSON object for scripts, words for people."""
-    if as_json:
-        _print_json(value)
-    else:
-        click.echo(words())
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False))
-
-
 def main() -> None:
     """The `llmx` command."""
     # Asked to stop, it unwinds as for Ctrl-C, so that nothing half-written stays.
@@ -254,8 +182,8 @@ def main() -> None:
         click.echo("interrupted: nothing was left under the final name", err=True)
         sys.exit(130)
     except LlmxError as error:
-        if JSON_OPTION in sys.argv:
-            _print_json({"error": error.to_json()})
+        if options.JSON_OPTION in sys.argv:
+            options.print_json({"error": error.to_json()})
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
 

@@ -13,6 +13,7 @@ from llmx.exporters.gguf_families import gguf_family
 from llmx.exporters.gguf_tensors import Entry, entries
 from llmx.formats.gguf import GgufFile
 from llmx.models.model import Model
+from llmx.validate.findings import Findings
 from llmx.validate.oracle import Tokens
 from llmx.validate.runtimes import Runtime
 
@@ -49,7 +50,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One artifact against one reference on one runtime. scratch: an empty folder that is removed afterwards."""
+    """One artifact against one reference on one runtime. scratch: an empty folder that is removed afterwards.
+
+    findings: where a check leaves what the report draws.
+    """
 
     artifact: Path
     file: GgufFile
@@ -60,6 +64,7 @@ class Case:
     limits: Limits
     settings: Settings
     scratch: Path
+    findings: Findings = field(default_factory=Findings)
     ids: list[int] = field(init=False)  # of the text, without BOS: as many as the checks can use
 
     def __post_init__(self) -> None:

@@ -76,10 +76,14 @@ def reported(name: str, value: float | int | str | None, unit: str, detail: str 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All checks of one artifact, with what was compared and how (`facts`: artifact, reference, runtime, settings)."""
+    """All checks of one artifact, with what was compared and how (`facts`: artifact, reference, runtime, settings).
+
+    details: the curves and tables that the checks left, by name.
+    """
 
     checks: tuple[Check, ...]
     facts: Mapping[str, object] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def failed(self) -> tuple[Check, ...]:
@@ -102,6 +106,7 @@ class Report:
             "passed": self.passed,
             **self.facts,
             "checks": [_check_to_dict(check) for check in self.checks],
+            "details": dict(self.details),
         }
 
     def to_json(self) -> str:

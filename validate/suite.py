@@ -103,7 +103,7 @@ def validate(
         checks = tuple(_run(case, progress))
     # Two builds of llama.cpp differ by KL 0.03 on some k-quants, so the exact one is recorded.
     build = next((check.detail for check in checks if check.name == LOADS and check.passed), None)
-    return Report(checks, _facts(case, build, text is None))
+    return Report(checks, _facts(case, build, text is None), case.findings.found)
 
 
 def _run(case: Case, progress: Callable[[str], None]) -> Iterator[Check]:
