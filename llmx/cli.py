@@ -56,7 +56,7 @@ def export(output: Path, validate: bool, force: bool, as_json: bool, **chosen: A
 @click.argument("artifact", type=options.ANY)
 @click.option("--reference", required=True, metavar="MODEL", help="The checkpoint it was made from: folder or hub id.")
 @options.revision
-@click.option("-o", "--output", type=options.ANY, help="Folder for report.json.")
+@click.option("-o", "--output", type=options.ANY, help="Folder for report.json, report.html and junit.xml.")
 @options.threads
 @options.limits
 @options.json_option

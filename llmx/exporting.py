@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmx.errors import CheckFailed, ResourceError, UsageError
-from llmx.validating import REPORT_NAME, available_cores, check_threads, require_runtime, validate
+from llmx.validating import REPORT_NAME, available_cores, check_threads, require_runtime, validate, write_report
 
 if TYPE_CHECKING:
     from llmx.exporters.gguf import GgufExport
@@ -174,17 +174,18 @@ def _written(prepared: Prepared, partial: list[Path]) -> tuple[tuple[str, ...], 
 
 
 def _publish(partial: list[Path], targets: list[Path], report: Report | None, facts: dict[str, object]) -> Path:
-    """Move the files to their final names, write the report beside them and return its path.
+    """Move the files to their final names, write the report and its page beside them, return the report's path.
 
     Raises: CheckFailed when the report did not pass; the files then have the names of failed ones.
     """
     from llmx.exporters import artifact
+    from llmx.validate.report import unproven
 
     passed = report is None or report.passed
     names = targets if passed else [target.with_name(target.name + artifact.FAILED) for target in targets]
     report_path = _report_path(targets[0])
     artifact.publish(partial, names)
-    artifact.write_text(report_path, _unproven(facts) if report is None else report.to_json())
+    write_report(report_path, unproven(facts) if report is None else report.to_dict())
     if report is not None and not passed:
         raise _failure(report, names[0], report_path)
     return report_path
@@ -345,13 +346,6 @@ def _export_facts(
             "files": list(files),
         }
     }
-
-
-def _unproven(facts: dict[str, object]) -> str:
-    """report.json of an export that was not validated: passed is null, never true."""
-    from llmx.validate.report import SCHEMA
-
-    return json.dumps({"schema": SCHEMA, "passed": None, **facts, "checks": []}, indent=2) + "\n"
 
 
 def _report_path(artifact: Path) -> Path:

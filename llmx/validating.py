@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmx.errors import CheckFailed, RuntimeMissing, UsageError
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from llmx.validate.report import Report
 
 REPORT_NAME = "report.json"
+JUNIT_NAME = "junit.xml"
 RUNTIME_OF_FORMAT = {"gguf": "llama.cpp"}
 
 
@@ -42,13 +44,14 @@ def validate(
 ) -> Report:
     """Rerun an artifact on its runtime and judge it against the checkpoint; the report says what passed.
 
-    output: a folder for report.json. facts: more about the artifact, for the report.
+    output: a folder for report.json, report.html and junit.xml. facts: more about the artifact, for the report.
     Raises: IntegrityError for a broken artifact, UsageError for one that is not there or a text that cannot be read.
     """
     from llmx.exporters import artifact as files
     from llmx.models.model import Model, open_model
     from llmx.progress import stages
     from llmx.validate.case import Settings
+    from llmx.validate.junit import junit
     from llmx.validate.suite import validate as run_checks
 
     check_threads(threads)
@@ -67,8 +70,19 @@ def validate(
     report = replace(report, facts={**report.facts, **(facts or {})})
     if output is not None:
         files.make_folder(output)
-        files.write_text(output / REPORT_NAME, report.to_json())
+        write_report(output / REPORT_NAME, report.to_dict())
+        files.write_text(output / JUNIT_NAME, junit(report.to_dict()))
     return report
+
+
+def write_report(path: Path, told: Mapping[str, Any]) -> None:
+    """Write a report's plain values as JSON to `path`, and the page for people beside it under the ending .html."""
+    from llmx.exporters import artifact as files
+    from llmx.validate.report import as_json
+    from llmx.validate.report_html import page
+
+    files.write_text(path, as_json(told))
+    files.write_text(path.with_suffix(".html"), page(told))
 
 
 def limits(

@@ -139,7 +139,7 @@ def test_an_export_that_fails_its_limit_is_not_left_under_the_final_name(
     done = here("export", EXAMPLE, *ROUNDED, "--bits", 2, "--max-kl", "1e-9", "-o", tmp_path / "a.gguf", "--json")
     assert done.code == 4
     assert "quality.kl" in json.dumps(done.told["error"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf.failed", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf.failed", "report.html", "report.json"]
 
 
 def test_plan_tells_types_and_exact_sizes_without_writing(

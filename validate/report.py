@@ -15,8 +15,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
 
 SCHEMA = "llmx.report/1"  # raise the number when a key changes its meaning or goes away
+SCHEMA_FILE = "schemas/report-1.json"  # every key, with its meaning and unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +103,37 @@ class Report:
         return bool(self.checks) and not self.failed and not self.missing
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the report as plain JSON values, in schema `SCHEMA`."""
+        """Returns the report as plain JSON values, in schema `SCHEMA`; NaN and infinity as strings."""
         return {
             "schema": SCHEMA,
             "passed": self.passed,
-            **self.facts,
+            **_plain(self.facts),
             "checks": [_check_to_dict(check) for check in self.checks],
-            "details": dict(self.details),
+            "details": _plain(self.details),
         }
 
     def to_json(self) -> str:
-        """Returns report.json's text: no time, no machine name; NaN and infinity are written as strings."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """Returns report.json's text: no time, no machine name."""
+        return as_json(self.to_dict())
+
+
+def as_json(told: Mapping[str, Any]) -> str:
+    """Returns the text of a report's plain values as report.json holds it, with escapes for what UTF-8 cannot write.
+
+    Raises: ValueError for NaN and infinity.
+    """
+    text = json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate becomes \\udxxx, as JSON writes it
+
+
+def unproven(facts: Mapping[str, object]) -> dict[str, Any]:
+    """Returns the plain values of the report of an artifact that nobody validated: passed is null, never true."""
+    return {"schema": SCHEMA, "passed": None, **_plain(facts), "checks": []}
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON Schema (draft 2020-12) that every report keeps to."""
+    return json.loads(resources.files("llmx.validate").joinpath(SCHEMA_FILE).read_text(encoding="utf-8"))
 
 
 def _check_to_dict(check: Check) -> dict[str, object]:
@@ -129,7 +151,12 @@ def _check_to_dict(check: Check) -> dict[str, object]:
     }
 
 
-def _plain(value: float | int | str | None) -> float | int | str | None:
+def _plain(value: Any) -> Any:
+    """The same value with lists for tuples, and with words for the numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
