@@ -29,3 +29,11 @@ def test_every_top_level_folder_has_its_link_inside_llmx() -> None:
 def test_the_demo_checkpoint_is_embedded_and_small() -> None:
     size = sum(path.stat().st_size for path in (ROOT / "examples").rglob("*") if path.is_file())
     assert size < 8e6
+
+
+def test_every_file_that_is_no_module_is_packaged_with_its_folder() -> None:
+    packages = {folder: package for package, folder in SETTINGS["package-dir"].items() if package.count(".") == 1}
+    for folder, package in packages.items():
+        files = {path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        patterns = SETTINGS["package-data"].get(package, [])
+        assert files == {path for pattern in patterns for path in (ROOT / folder).glob(pattern)}, folder

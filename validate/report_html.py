@@ -30,6 +30,7 @@ QUESTIONS = {
     "conversion": "Is it the same model?",
     "noise": "How far does the runtime lie from itself?",
     "quality": "What did quantization cost?",
+    "blame": "What is at fault?",
     "speed": "How fast is it here?",
 }
 MARKS = {"passed": "✓", "failed": "✗", "not run": "!", "not applicable": "–"}  # beside the word, never instead of it
