@@ -7,13 +7,17 @@ Two ways, so that no mistake of the exporter can hide in code that it shares wit
 
 Rows that the exporter forgot to permute come back permuted, and the first sees it; what both ways have wrong in the
 same manner, the runtime computes otherwise than transformers, and the check of the conversion sees it.
+
+Of weights that a solver moved only the first is asked, with limits of their own; of scaled ones it is asked against the
+checkpoint with the artifact's scales folded in (see scales.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 
@@ -26,35 +30,14 @@ from llmx.formats.gguf import GgufFile
 from llmx.models.model import Model
 from llmx.validate.case import Case
 from llmx.validate.report import Check, at_most, not_applicable, not_run
+from llmx.validate.restored import restored_model
+from llmx.validate.scales import with_scales_of
 from llmx.validate.steps import decode_with_error
 from llmx.validate.twin import stored_rows
+from llmx.validate.type_errors import MOVED_LIMITS, MOVED_ORIGIN, RMS_LIMITS, RMS_ORIGIN, USUAL_RMS
 
 HASH_BYTES = 1 << 20
 PIECE = 1 << 16  # weights compared at once: they stay in a core's cache
-RMS_LIMITS: Mapping[str, float] = {
-    # type -> largest ||decoded - source|| / ||source|| of a tensor
-    "F32": 1e-6,
-    "F16": 5e-4,
-    "BF16": 4e-3,
-    "Q8_0": 0.012,
-    "Q6_K": 0.03,
-    "Q5_K": 0.06,
-    "Q5_0": 0.08,
-    "Q5_1": 0.07,
-    "Q4_K": 0.12,
-    "Q4_0": 0.16,
-    "Q4_1": 0.13,
-    "IQ4_NL": 0.12,
-    "IQ4_XS": 0.12,
-    "Q3_K": 0.26,
-    "Q2_K": 0.50,
-}
-RMS_ORIGIN = "1.5 to 2.5 times the largest error measured on the ten test checkpoints, by type"
-MOVED_LIMIT = 1.0
-MOVED_ORIGIN = (
-    "a tensor in another's place, or with its rows in another order, is √2 away; the most that was measured on solved "
-    "files of the ten test checkpoints is 0.63 (Q2_K)"
-)
 STEP_LIMIT = 4.0
 STEP_ORIGIN = (
     "1.6 measured on sound files of every type, 1.9 with importance; a flipped high bit of a 4-bit code makes 8"
@@ -64,31 +47,40 @@ SHOWN = 8  # offenders named
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far a checkpoint tensor lies from what the artifact restores to. rms: ||restored - source|| / ||source||."""
+    """How far a checkpoint tensor lies from what the artifact restores to. rms: ||restored - source|| / ||source||.
+
+    limit: what the tensor's type may have.
+    """
 
     name: str
     stored_as: str
     type_name: str
     rms: float
+    limit: float
 
     @property
     def of_limit(self) -> float:
-        """The error in units of the type's limit; NaN counts as infinite."""
-        return float("inf") if np.isnan(self.rms) else self.rms / RMS_LIMITS[self.type_name]
+        """The error in units of the limit; NaN counts as infinite."""
+        return float("inf") if np.isnan(self.rms) else self.rms / self.limit
 
     def __str__(self) -> str:
-        limit = RMS_LIMITS[self.type_name]
-        return f"{self.name} ({self.stored_as}, {self.type_name}): relative RMS error {self.rms:.3g}, limit {limit}"
+        return (
+            f"{self.name} ({self.stored_as}, {self.type_name}): relative RMS error {self.rms:.3g}, limit {self.limit}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class GridError:
-    """The largest error of one stored tensor in steps of its grid, and how many of its values are no numbers."""
+    """The largest error of one stored tensor in steps of its grid, and how many of its values are no numbers.
+
+    rms: ||decoded - source|| / ||source||, NaN where a value is no number.
+    """
 
     name: str
     type_name: str
     steps: float
     not_finite: int
+    rms: float
 
     def __str__(self) -> str:
         return f"{self.name} ({self.type_name}): {self.steps:.3g}"
@@ -100,14 +92,42 @@ def check_bytes(case: Case) -> Iterator[Check]:
     problems = tensor_problems(case.file, entries)
     detail = named(problems) or f"{len(entries)} tensors, each with the expected shape"
     yield at_most("bytes.tensors", len(problems), 0, "tensors", "the architecture's own tensors", detail=detail)
-    errors = [grid_error(case.file, case.model, entry) for entry in entries if _fits(case.file, entry)]
+    solver = case.file.metadata.get(SOLVER_KEY)
+    source = compared_with(case) if not problems else case.model
+    errors = [grid_error(case.file, source, entry) for entry in entries if _fits(case.file, entry)]
+    _note(case, entries, errors)
     broken = [f"{error.name}: {error.not_finite} values" for error in errors if error.not_finite]
     count, detail = sum(error.not_finite for error in errors), named(broken) or "no NaN, no infinity"
     yield at_most("bytes.finite", count, 0, "values", "a weight is a number", detail=detail)
-    solver = case.file.metadata.get(SOLVER_KEY)
     yield _steps(errors) if solver is None else not_applicable("bytes.steps", f"the file's weights were {solver}")
-    yield _error(case, problems, solver)
+    yield _error(case, source, problems, solver)
     yield _digests(case.file)
+
+
+def compared_with(case: Case) -> Model:
+    """Returns what the artifact was rounded from: the checkpoint, with the scales of a scaled file folded in.
+
+    Raises: IntegrityError when the artifact does not hold the checkpoint's tensors.
+    """
+    if case.file.metadata.get(SOLVER_KEY) != SCALED:
+        return case.model
+    return with_scales_of(case.model, restored_model(case.file, case.model, case.entries))
+
+
+def _note(case: Case, entries: Sequence[Entry], errors: Sequence[GridError]) -> None:
+    """Leaves a row for every stored tensor that was compared."""
+    by_name = {entry.name: entry for entry in entries}
+    for error in errors:
+        row = {
+            "name": error.name,
+            "type": error.type_name,
+            "bytes": case.file.tensors[error.name].nbytes,
+            "layer": by_name[error.name].layer,
+            "role": by_name[error.name].role or "rope",
+            "rms": error.rms if isfinite(error.rms) else str(error.rms),
+            "expected": USUAL_RMS.get(error.type_name),
+        }
+        case.findings.add("tensors", row)
 
 
 def _steps(errors: Sequence[GridError]) -> Check:
@@ -119,27 +139,16 @@ def _steps(errors: Sequence[GridError]) -> Check:
     return at_most("bytes.steps", largest.steps, STEP_LIMIT, "steps of the grid", STEP_ORIGIN, detail=detail)
 
 
-def _error(case: Case, problems: Sequence[str], solver: object) -> Check:
-    if solver == SCALED:
-        return not_applicable("bytes.error", "channels were scaled: the check of the conversion compares functions")
+def _error(case: Case, source: Model, problems: Sequence[str], solver: object) -> Check:
     try:
-        distances = list(distances_of(case))
+        distances = list(distances_of(case) if solver != SCALED else scaled_distances(case, source))
     except IntegrityError as error:
         return not_run("bytes.error", f"{error.what}: {named(problems)}")
-    if solver == SOLVED:
-        return _moved(distances)
     worst = max(distances, key=lambda distance: distance.of_limit)
     over = [str(distance) for distance in distances if distance.of_limit > 1]
     detail = named(over) or f"worst: {worst}"
-    return at_most("bytes.error", worst.of_limit, 1.0, "of the type's limit", RMS_ORIGIN, detail=detail)
-
-
-def _moved(distances: Sequence[Distance]) -> Check:
-    """Of weights that were moved on purpose: near enough to be this tensor, in this order."""
-    worst = max(distances, key=lambda distance: float("inf") if np.isnan(distance.rms) else distance.rms)
-    far = [f"{d.name} ({d.stored_as}): {d.rms:.3g}" for d in distances if not d.rms <= MOVED_LIMIT]
-    detail = named(far) or f"worst: {worst.name}"
-    return at_most("bytes.error", worst.rms, MOVED_LIMIT, "of the tensor", MOVED_ORIGIN, detail=detail)
+    origin = MOVED_ORIGIN if solver in (SOLVED, SCALED) else RMS_ORIGIN
+    return at_most("bytes.error", worst.of_limit, 1.0, "of the type's limit", origin, detail=detail)
 
 
 def distances_of(case: Case) -> Iterator[Distance]:
@@ -147,6 +156,7 @@ def distances_of(case: Case) -> Iterator[Distance]:
 
     Raises: IntegrityError when the artifact does not hold the checkpoint's tensors.
     """
+    limits = MOVED_LIMITS if case.file.metadata.get(SOLVER_KEY) == SOLVED else RMS_LIMITS
     entries = case.entries
     holders = {name: entry for entry in entries for piece in entry.pieces for name in piece.spec.source.names}
     for name, restored in restore(case.file, case.model, entries).items():
@@ -154,8 +164,35 @@ def distances_of(case: Case) -> Iterator[Distance]:
         values = restored().reshape(-1)
         if entry.role in ("embedding", "head"):  # rows of padding may be left out
             values = values[: entry.rows * entry.columns]
-        yield Distance(name, entry.name, case.file.tensors[entry.name].type_name, _relative_rms(case, name, values))
+        type_name = case.file.tensors[entry.name].type_name
+        rms = _relative_rms(case, name, values)
+        yield Distance(name, entry.name, type_name, rms, limits[type_name])
         case.file.release(entry.name)
+
+
+def scaled_distances(case: Case, source: Model) -> Iterator[Distance]:
+    """The same of every canonical tensor. source: the checkpoint with the artifact's scales folded in.
+
+    Raises: IntegrityError when the artifact does not hold the checkpoint's tensors.
+    """
+    entries = case.entries
+    artifact = restored_model(case.file, case.model, entries)
+    for entry in entries:
+        for piece in entry.pieces:
+            expected, stored = source.weight(piece.spec.name), artifact.weight(piece.spec.name)
+            rows = min(expected.rows, entry.rows)  # rows of padding may be left out
+            squares = total = 0.0
+            step = max(1, PIECE // expected.cols)
+            for start in range(0, rows, step):
+                values = expected.read(start, min(start + step, rows))
+                with np.errstate(invalid="ignore", over="ignore"):
+                    squares += float(np.square(stored.read(start, start + len(values)) - values).sum(dtype=np.float64))
+                total += float(np.square(values).sum(dtype=np.float64))
+            expected.release()
+            type_name, names = case.file.tensors[entry.name].type_name, piece.spec.source.names
+            name = names[0] if len(names) == 1 else piece.spec.name
+            rms = float(np.sqrt(squares / total if total else squares))
+            yield Distance(name, entry.name, type_name, rms, MOVED_LIMITS[type_name])
 
 
 def _relative_rms(case: Case, name: str, values: np.ndarray) -> float:
@@ -194,15 +231,19 @@ def _fits(file: GgufFile, entry: Entry) -> bool:
 def grid_error(file: GgufFile, model: Model, entry: Entry) -> GridError:
     """Returns the largest error of one stored tensor; memory follows a piece of rows, not the tensor."""
     type_name = file.tensors[entry.name].type_name
-    not_finite, steps = 0, 0.0
+    not_finite, steps, squares, total = 0, 0.0, 0.0, 0.0
     for start, data in stored_rows(file, entry.name):
         source = read_rows(model, entry, start, start + len(data)).astype(np.float32, copy=False)
         values, largest = decode_with_error(type_name, data, source)
         not_finite += values.size - int(np.isfinite(values).sum())
         steps = max(steps, largest)
+        with np.errstate(invalid="ignore", over="ignore"):
+            squares += float(np.square(values - source).sum(dtype=np.float64))
+        total += float(np.square(source).sum(dtype=np.float64))
     for piece in entry.pieces:
         model.weight(piece.spec.name).release()
-    return GridError(entry.name, type_name, steps, not_finite)
+    rms = float(np.sqrt(squares / total if total else squares))
+    return GridError(entry.name, type_name, steps, not_finite, rms)
 
 
 def _digests(file: GgufFile) -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from llmx.errors import IntegrityError
 from llmx.exporters import gguf_tensors
-from llmx.exporters.gguf_metadata import DIGESTS_KEY
+from llmx.exporters.gguf_metadata import DIGESTS_KEY, SCALED, SOLVER_KEY
 from llmx.formats.ggml_blocks import BLOCKS, row_bytes
 from llmx.formats.ggml_decode import LEVELS
 from llmx.formats.ggml_packers import LAYOUTS, pack, unpack
@@ -25,6 +26,7 @@ from llmx.validate.checks_quality import check_quality, check_speed
 from llmx.validate.report import Check
 from llmx.validate.runtimes import Runtime
 from llmx.validate.suite import check_text, validate
+from llmx.validate.type_errors import USUAL_RMS
 
 
 def failed(checks: Iterable[Check]) -> set[str]:
@@ -212,7 +214,7 @@ def test_a_sound_solved_artifact_passes_every_check(method, solved, case_of, lla
     checks = [*check_bytes(case), *check_text(case), *check_conversion(case), *check_quality(case)]
     assert failed(checks) == set()
     assert only(checks, "bytes.steps").status == "not applicable"
-    assert only(checks, "bytes.error").status == ("passed" if method == "gptq" else "not applicable")
+    assert only(checks, "bytes.error").passed
 
 
 @pytest.mark.parametrize("model", ["tiny-qwen3", "random llama"])
@@ -286,30 +288,65 @@ def test_nan_in_a_scale_of_a_solved_artifact_is_caught(solved, case_of, rewrite,
     assert failed(check_bytes(case_of(bad, reference))) == {"bytes.finite", "bytes.error"}
 
 
-UNSEEN = pytest.mark.xfail(
-    reason="a scaled artifact's weights are compared with nothing: the distance could be taken after a fit of the "
-    "rows' and columns' scales, which exchanged tensors do not have"
-)
-
-
 @pytest.mark.parametrize(
     ("first", "second"),
     [
         ("blk.0.ffn_up", "blk.2.ffn_up"),
         ("blk.0.attn_k", "blk.0.attn_v"),
-        pytest.param("blk.1.ffn_up", "blk.1.ffn_gate", marks=UNSEEN),
+        ("blk.1.ffn_up", "blk.1.ffn_gate"),
     ],
 )
-def test_exchanged_tensors_of_a_scaled_artifact_are_caught(
-    *, first, second, solved, case_of, rewrite, tmp_path, llama_cpp
-):
-    """The conversion has the same wrong tensors on both sides; what is lost is left to show it."""
+def test_exchanged_tensors_of_a_scaled_artifact_are_caught(first, second, solved, case_of, rewrite, tmp_path):
+    """The conversion has the same wrong tensors on both sides."""
     artifact, reference = solved("tiny-qwen3", "awq")
     file = read_gguf(artifact)
     one, two = f"{first}.weight", f"{second}.weight"
     bad = rewrite(artifact, tmp_path / "bad.gguf", tensors={one: file.bytes(two), two: file.bytes(one)})
-    case = case_of(bad, reference, llama_cpp)
-    assert failed([*check_bytes(case), *check_quality(case)])
+    checks = list(check_bytes(case_of(bad, reference)))
+    assert failed(checks) == {"bytes.error"}
+    assert one in only(checks, "bytes.error").detail and two in only(checks, "bytes.error").detail
+
+
+@pytest.mark.parametrize("fault", ["norm", "rows", "columns"])
+def test_a_scale_of_a_scaled_artifact_that_its_neighbour_does_not_have_is_caught(
+    fault, solved, case_of, rewrite, tmp_path
+):
+    artifact, reference = solved("tiny-qwen3", "awq")
+    file = read_gguf(artifact)
+    name = {"norm": "blk.1.ffn_norm.weight", "rows": "blk.1.attn_v.weight", "columns": "blk.2.ffn_down.weight"}[fault]
+    if fault == "norm":
+        data = (file.bytes(name).view("<f4") * np.float32(1.5)).view(np.uint8)
+    else:
+        type_name = file.tensors[name].type_name
+        scales, codes = unpack(type_name, rows(file, name).reshape(-1, BLOCKS[type_name].bytes))
+        offset = None if scales.offset is None else scales.offset * np.float16(2)
+        data = pack(type_name, replace(scales, d=scales.d * np.float16(2), offset=offset), codes)
+    bad = rewrite(artifact, tmp_path / "bad.gguf", tensors={name: data})
+    assert failed(check_bytes(case_of(bad, reference))) == {"bytes.error"}
+
+
+def test_a_file_that_is_marked_scaled_although_nothing_was_scaled_is_compared(artifacts, case_of, rewrite, tmp_path):
+    artifact, reference = artifacts("tiny-qwen3", "Q4_K_M")
+    marked = {SOLVER_KEY: text(SCALED)}
+    sound = rewrite(artifact, tmp_path / "sound.gguf", metadata=marked)
+    assert only(check_bytes(case_of(sound, reference)), "bytes.error").passed
+    file = read_gguf(artifact)
+    one, two = "blk.1.ffn_up.weight", "blk.1.ffn_gate.weight"
+    swapped = {one: file.bytes(two), two: file.bytes(one)}
+    bad = rewrite(artifact, tmp_path / "bad.gguf", metadata=marked, tensors=swapped)
+    assert failed(check_bytes(case_of(bad, reference))) == {"bytes.error"}
+
+
+def test_every_stored_tensor_has_a_row_for_the_report(artifacts, case_of):
+    case = case_of(*artifacts("tiny-llama3rope", "Q4_K_M"))
+    assert not failed(check_bytes(case))
+    table = {row["name"]: row for row in case.findings.found["tensors"]}
+    assert set(table) == set(case.file.tensors)
+    assert table["rope_freqs.weight"]["role"] == "rope" and table["rope_freqs.weight"]["layer"] is None
+    row = table["blk.1.ffn_up.weight"]
+    assert (row["type"], row["layer"], row["role"], row["expected"]) == ("Q4_K", 1, "up", USUAL_RMS["Q4_K"])
+    assert row["bytes"] == case.file.tensors["blk.1.ffn_up.weight"].nbytes
+    assert row["rms"] == pytest.approx(row["expected"], rel=0.15)
 
 
 # Structure.

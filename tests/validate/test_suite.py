@@ -13,12 +13,13 @@ from llmx.formats.gguf import GgufTensor
 from llmx.models.model import open_model
 from llmx.models.tokenizer import open_tokenizer
 from llmx.validate.case import SHORTEST_CHUNK, Settings, chunks
-from llmx.validate.checks_bytes import RMS_LIMITS, check_bytes, named
+from llmx.validate.checks_bytes import check_bytes, named
 from llmx.validate.checks_conversion import check_conversion
 from llmx.validate.checks_quality import KL_LIMITS, check_quality, default_kl_limit
 from llmx.validate.oracle import Tokens
 from llmx.validate.sample_text import SAMPLE_TEXT
 from llmx.validate.suite import validate
+from llmx.validate.type_errors import RMS_LIMITS
 
 
 @given(st.integers(0, 300), st.integers(0, 1), st.integers(2, 40), st.integers(0, 9))
