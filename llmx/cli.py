@@ -59,6 +59,7 @@ def export(output: Path, validate: bool, force: bool, as_json: bool, **chosen: A
 @click.option("-o", "--output", type=options.ANY, help="Folder for report.json, report.html and junit.xml.")
 @options.threads
 @options.limits
+@click.option("--blame", is_flag=True, help="Name the tensor at fault even if no check fails; else only then.")
 @options.json_option
 def validate(artifact: Path, reference: str, output: Path | None, as_json: bool, **chosen: Any) -> None:
     """Rerun ARTIFACT, ours or anybody's, on its runtime and judge it against MODEL.
@@ -67,14 +68,12 @@ def validate(artifact: Path, reference: str, output: Path | None, as_json: bool,
     Examples:
       llmx validate model-Q4_K_M.gguf --reference ./model
       llmx validate model-Q4_K_M.gguf --reference org/model --text my.txt --max-kl 0.05 -o reports/
+      llmx validate broken.gguf --reference ./model --blame
     """
     from llmx import api, describe
 
-    revision, threads = chosen.pop("revision"), chosen.pop("threads")
-    text = chosen.pop("text")
-    report = api.validate(
-        artifact, reference, revision=revision, text=text, limits=api.limits(**chosen), output=output, threads=threads
-    )
+    how = {name: chosen.pop(name) for name in ("revision", "text", "threads", "blame")}
+    report = api.validate(artifact, reference, limits=api.limits(**chosen), output=output, **how)
     options.answer(as_json, report.to_dict(), lambda: describe.report(report))
     click.get_current_context().exit(api.exit_code(report))
 

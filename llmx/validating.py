@@ -40,11 +40,13 @@ def validate(
     limits: Limits | None = None,
     output: Path | None = None,
     threads: int = 0,
+    blame: bool = False,
     facts: dict[str, object] | None = None,
 ) -> Report:
     """Rerun an artifact on its runtime and judge it against the checkpoint; the report says what passed.
 
-    output: a folder for report.json, report.html and junit.xml. facts: more about the artifact, for the report.
+    output: a folder for report.json, report.html and junit.xml. blame: name the tensor at fault, also where none is.
+    facts: more about the artifact, for the report.
     Raises: IntegrityError for a broken artifact, UsageError for one that is not there or a text that cannot be read.
     """
     from llmx.exporters import artifact as files
@@ -64,7 +66,7 @@ def validate(
             runtime=RUNTIME_OF_FORMAT["gguf"],
             text=None if text is None else _read_text(text),
             limits=limits,
-            settings=Settings(threads=threads or available_cores()),
+            settings=Settings(threads=threads or available_cores(), blame=blame),
             progress=stage,
         )
     report = replace(report, facts={**report.facts, **(facts or {})})

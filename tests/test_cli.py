@@ -127,9 +127,10 @@ def test_validate_prints_checks_with_value_limit_and_unit(
 def test_a_limit_that_is_not_met_exits_4_and_still_prints_the_report(
     exported: dict[str, object], here: Callable[..., Done]
 ) -> None:
-    done = here("validate", exported["artifact"], "--reference", EXAMPLE, "--max-kl", "1e-9", "--json")
+    done = here("validate", exported["artifact"], "--reference", EXAMPLE, "--max-kl", "1e-9", "--blame", "--json")
     assert done.code == 4
     assert done.told["passed"] is False
+    assert done.told["details"]["blame"]["tensor"] is None  # every tensor is sound, the limit is strict
     assert "quality.kl" in {check["name"] for check in done.told["checks"] if check["passed"] is False}
 
 

@@ -39,6 +39,7 @@ class Settings:
 
     twin_bytes: how large the float32 twin of the conversion check may be, on disk and again in memory.
     window_tokens: how long the longest sequence may be that is run to pass a sliding window.
+    blame: look for the tensor at fault although no check failed.
     """
 
     positions: int = 512
@@ -46,6 +47,7 @@ class Settings:
     threads: int = 1
     twin_bytes: int = 4 << 30
     window_tokens: int = 1024 + 64
+    blame: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,7 +189,7 @@ def as_table(report: Report, width: int = 120, color: bool = False) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=color, no_color=not color, highlight=False)
     console.print(table)
     for check in report.checks:
-        if check.passed is not True and check.detail:
+        if (check.passed is not True or check.kind == "blame") and check.detail:
             console.print(Text(f"{check.name}: {check.detail}", style=STYLES[check.status]))
     console.print(Text(verdict(report), style=STYLES["passed" if report.passed else "FAILED"]))
     text = console.file.getvalue()  # type: ignore[attr-defined]

@@ -11,6 +11,8 @@ from pathlib import Path
 from llmx.errors import CheckFailed, IntegrityError, LlmxError, ResourceError, RuntimeMissing, UsageError
 from llmx.formats.gguf import read_gguf_set
 from llmx.models.model import Model, open_model
+from llmx.validate.blame import NAME as BLAME_NAME
+from llmx.validate.blame import check_blame
 from llmx.validate.case import Case, Limits, Settings
 from llmx.validate.checks_bytes import check_bytes
 from llmx.validate.checks_conversion import check_conversion
@@ -29,11 +31,15 @@ TEXT_NAMES = ("tokens.ids", "tokens.bos", "tokens.ends", "tokens.vocabulary", "t
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A group of checks. names: what is recorded as "not run" when the stage cannot run at all."""
+    """A group of checks. names: what is recorded as "not run" when the stage cannot run at all.
+
+    required: without it the report has not passed.
+    """
 
     names: tuple[str, ...]
     run: Callable[[Case], Iterator[Check]]
     needs_runtime: bool = True
+    required: bool = True
 
     @property
     def kind(self) -> str:
@@ -63,6 +69,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(("quality.kl", "quality.decode"), check_quality),
     Stage(("speed.decode",), check_speed),
 )
+BLAME = Stage((BLAME_NAME,), check_blame, needs_runtime=False, required=False)
+BLAMED = frozenset({"bytes", "conversion", "quality"})  # kinds of check that a tensor or a number of the metadata fails
 
 
 def validate(
@@ -109,6 +117,7 @@ def validate(
 def _run(case: Case, progress: Callable[[str], None]) -> Iterator[Check]:
     reason = case.runtime.unavailable()
     missing = None if reason is None else f"{case.runtime.name} is missing: {reason}"
+    failed: set[str] = set()
     for stage in STAGES:
         progress(stage.kind)
         if stage.needs_runtime and missing is not None:
@@ -117,7 +126,12 @@ def _run(case: Case, progress: Callable[[str], None]) -> Iterator[Check]:
         for check in _guarded(stage, case):
             if check.name == LOADS and not check.passed:
                 missing = REFUSED
+            if check.passed is False:
+                failed.add(check.kind)
             yield check
+    if case.settings.blame or failed & BLAMED:
+        progress(BLAME.kind)
+        yield from _guarded(BLAME, case)
 
 
 def _guarded(stage: Stage, case: Case) -> Iterator[Check]:
@@ -131,7 +145,8 @@ def _guarded(stage: Stage, case: Case) -> Iterator[Check]:
         yield Check(f"{stage.kind}.runs", False, origin="the runtime's own words", detail=_one_line(error))
         yield from (not_run(name, "see above") for name in stage.names if name not in done)
     except (ResourceError, RuntimeMissing) as error:
-        yield from (not_run(name, _one_line(error)) for name in stage.names if name not in done)
+        reason = _one_line(error)
+        yield from (not_run(name, reason, required=stage.required) for name in stage.names if name not in done)
 
 
 def _one_line(error: LlmxError) -> str:

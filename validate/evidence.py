@@ -1,0 +1,150 @@
+"""How one stored tensor lies beside its source: the figures by which a damaged one is told from a quantized one.
+
+Every figure is a ratio to what is usual, so that types and sizes can be compared. What is usual is measured on the
+source itself: it is rounded once more, to the artifact's own type, and the error of that stands beside the artifact's,
+for the whole tensor, for every row, every column and every block.
+
+    size      error / error of rounding                                  noise, coarser types, other tensors
+    gain      |slope of decoded over source - 1| / error of rounding     a scaled tensor
+    bias      |mean error| / root mean square error                      shifted zero points and minimums
+    row, column, block     the worst one's error / rounding's there / size           local damage
+    unlike    1 - the cosine of the worst row with its source            rows that are zero, exchanged, of other sign
+    steps     the largest error in steps of the grid / size              flipped bits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmx.errors import LlmxError
+from llmx.exporters.gguf_tensors import Entry, read_rows
+from llmx.formats.ggml_blocks import BLOCKS
+from llmx.formats.ggml_decode import decode
+from llmx.formats.gguf import GgufFile
+from llmx.models.model import Model
+from llmx.quant.grid import encode
+from llmx.validate.steps import decode_with_error
+from llmx.validate.twin import stored_rows
+from llmx.validate.type_errors import USUAL_RMS
+
+FLOAT_BLOCK = 32  # weights looked at together in a type that has no blocks
+EXACT = 1e-6  # of a weight: float32 arithmetic on the way, which no type's error is below
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The figures of one stored tensor. usual: of rounding to its type, ||rounded - source|| / ||source||.
+
+    usual_variance: the mean square of that error, of one weight.
+    rms: ||decoded - source|| / ||source||. similar: the cosine of the two. where: the worst row, column and block.
+    zero_rows: rows of zeros whose source is not. not_finite: values that are no numbers.
+    """
+
+    entry: Entry
+    type_name: str
+    rms: float
+    usual: float
+    usual_variance: float
+    similar: float
+    slope: float
+    not_finite: int
+    zero_rows: int
+    figures: Mapping[str, float]
+    where: Mapping[str, int]
+
+
+class _Sums:
+    """Squares of errors e and of rounding's errors x, of the source w and the decoded v, by row, column and block."""
+
+    def __init__(self, columns: int) -> None:
+        self.rows: list[np.ndarray] = []  # f64[5, rows]: ee, xx, ww, vv, vw
+        self.columns = np.zeros((3, columns))  # ee, xx, ww
+        self.blocks: list[np.ndarray] = []  # f32[3, blocks]
+        self.error, self.count = 0.0, 0
+
+    def add(self, decoded: np.ndarray, source: np.ndarray, rounded: np.ndarray, block: int) -> None:
+        """Take in f32[rows, columns] of each."""
+        error = decoded - source
+        squares = (error * error, (rounded - source) ** 2, source * source)
+        products = (*squares, decoded * decoded, decoded * source)
+        self.rows.append(np.stack([part.sum(1, dtype=np.float64) for part in products]))
+        self.columns += [part.sum(0, dtype=np.float64) for part in squares]
+        self.blocks.append(np.stack([part.reshape(-1, block).sum(1) for part in squares]))
+        self.error += float(error.sum(dtype=np.float64))
+        self.count += error.size
+
+
+def gather(file: GgufFile, model: Model, entry: Entry) -> Evidence:
+    """Returns the evidence of one stored tensor; memory follows a piece of its rows.
+
+    model: the source, with the artifact's scales folded in where it has any.
+    """
+    type_name = file.tensors[entry.name].type_name
+    block = max(BLOCKS[type_name].weights, FLOAT_BLOCK if entry.columns % FLOAT_BLOCK == 0 else 1)
+    sums, not_finite, steps = _Sums(entry.columns), 0, 0.0
+    for start, data in stored_rows(file, entry.name):
+        source = read_rows(model, entry, start, start + len(data)).astype(np.float32, copy=False)
+        decoded, largest = decode_with_error(type_name, data, source)
+        finite = np.isfinite(decoded)
+        not_finite += decoded.size - int(finite.sum())
+        steps = max(steps, largest)
+        sums.add(np.where(finite, decoded, 0), source, _rounded(type_name, source), block)
+    for piece in entry.pieces:
+        model.weight(piece.spec.name).release()
+    return _judged(entry, type_name, sums, steps, not_finite)
+
+
+def _rounded(type_name: str, source: np.ndarray) -> np.ndarray:
+    """The source after rounding to the type; itself where it cannot be (a checkpoint with values out of range)."""
+    try:
+        return decode(type_name, encode(type_name, source, effort="fast"))
+    except LlmxError:
+        return source
+
+
+def _judged(entry: Entry, type_name: str, sums: _Sums, steps: float, not_finite: int) -> Evidence:
+    rows, blocks = np.concatenate(sums.rows, axis=1), np.concatenate(sums.blocks, axis=1).astype(np.float64)
+    ee, xx, ww, vv, vw = rows.sum(1)
+    floor = EXACT**2
+    # A checkpoint that was quantized once already lies on a grid, and rounding it again costs next to nothing.
+    least = max(floor, (USUAL_RMS.get(type_name, 0.0) / 3) ** 2)
+    share = max(xx / ww, least) if ww else least
+    size = np.sqrt(ee / (share * ww)) if ww else np.sqrt(ee)
+    slope = vw / ww if ww else 1.0
+    worst, where = {}, {}
+    for name, (error, usual, energy) in (("row", rows[:3]), ("column", sums.columns), ("block", blocks)):
+        # Half of what is usual here, half of what is usual in the tensor: some few blocks are met exactly by chance.
+        expected = 0.5 * np.maximum(usual, floor * energy) + 0.5 * share * energy
+        ratio = np.sqrt(np.divide(error, expected, out=np.zeros_like(error), where=expected > 0))
+        where[name] = int(ratio.argmax())
+        worst[name] = float(ratio[where[name]] / max(size, 1.0))
+    alive = rows[2] > 0
+    cosines = np.ones(len(alive))
+    np.divide(rows[4], np.sqrt(rows[2] * rows[3]), out=cosines, where=alive & (rows[3] > 0))
+    zero = alive & (rows[3] == 0)
+    cosines[zero] = 0.0
+    where["unlike"] = int(cosines.argmin())
+    figures = {
+        "size": float(size),
+        "gain": float(abs(slope - 1) / np.sqrt(share)),
+        "bias": float(abs(sums.error) / np.sqrt(ee * sums.count)) if ee > share * ww * 0.25 else 0.0,
+        **worst,
+        "unlike": float(1 - cosines.min()),
+        "steps": float(steps / max(size, 1.0)),
+    }
+    return Evidence(
+        entry=entry,
+        type_name=type_name,
+        rms=float(np.sqrt(ee / ww)) if ww else float(np.sqrt(ee)),
+        usual=float(np.sqrt(share)),
+        usual_variance=float(share * ww / sums.count),
+        similar=float(vw / np.sqrt(vv * ww)) if vv and ww else float(vv == ww),
+        slope=float(slope),
+        not_finite=not_finite,
+        zero_rows=int(zero.sum()),
+        figures=figures,
+        where=where,
+    )
