@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # times a power of ten: what people read as round
-FEW_DECADES = 1.5  # a logarithmic axis shorter than this has ticks between the powers of ten
+BETWEEN = ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))  # times powers of ten: ticks of a logarithmic axis, the first that has room
+CLOSEST = 0.75  # of a tick's room
 HEADROOM = 0.04  # of the span, beyond the outermost values
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 SCIENTIFIC_BELOW = 1e-3
@@ -63,8 +65,27 @@ class Scale:
         wanted = max(2, int(abs(self.end - self.start) / room))
         if not self.axis.log:
             return linear_ticks(self.low, self.high, wanted, whole=self.axis.whole)
-        found = _log_ticks(self.low, self.high, wanted)
-        return found if len(found) > 1 else linear_ticks(10**self.low, 10**self.high, wanted)
+        for factors in BETWEEN:
+            found = _log_ticks(self.low, self.high, factors)
+            if len(found) > 1 and self._closest(found) >= CLOSEST * room:
+                return found
+        thinned = _log_ticks(self.low, self.high, (1,), math.ceil((self.high - self.low) / wanted))
+        powers = _log_ticks(self.low, self.high, (1,))
+        if len(powers) > 1:
+            return thinned if len(thinned) > 1 else [powers[0], powers[-1]]
+        return self._apart(linear_ticks(10**self.low, 10**self.high, wanted), CLOSEST * room)
+
+    def _closest(self, values: Sequence[float]) -> float:
+        places = [self.place(value) for value in values]
+        return min(abs(a - b) for a, b in pairwise(places))
+
+    def _apart(self, values: Sequence[float], distance: float) -> list[float]:
+        """The values without those too near to the one before; the first and one far from it always stay."""
+        kept = [values[0]]
+        for value in values[1:]:
+            if abs(self.place(value) - self.place(kept[-1])) >= distance:
+                kept.append(value)
+        return kept if len(kept) > 1 else [values[0], values[-1]]
 
 
 def scale_of(axis: Axis, values: Sequence[float], start: float, end: float) -> Scale:
@@ -96,11 +117,9 @@ def linear_ticks(low: float, high: float, wanted: int, *, whole: bool = False) -
     return [round(number * step, 12) if abs(step) > 1e-9 else number * step for number in range(first, last + 1)]
 
 
-def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Powers of ten from 10^low to 10^high, thinned to the number wanted; on a short axis also 2 and 5 times them."""
-    thin = max(1, math.ceil((high - low) / wanted))
+def _log_ticks(low: float, high: float, factors: Sequence[int], every: int = 1) -> list[float]:
+    """These factors of each power of ten that `every` divides, from 10^low to 10^high."""
     first, last = max(math.ceil(low - 1), -307), min(math.floor(high), 307)  # of which 5 times are floats
-    powers = [power for power in range(first, last + 1) if power % thin == 0]
-    factors = (1, 2, 5) if high - low < FEW_DECADES else (1,)
+    powers = [power for power in range(first, last + 1) if power % every == 0]
     pairs = [(factor, power) for power in powers for factor in factors]
     return [float(f"{factor}e{power}") for factor, power in pairs if low <= power + math.log10(factor) <= high]

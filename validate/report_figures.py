@@ -18,7 +18,7 @@ from llmx.validate.charts import Row, Series, Size, bars, plot
 
 Details = Mapping[str, Any]
 Tensors = Sequence[Mapping[str, Any]]
-FULL, HALF, PHONE = Size(860, 320), Size(480, 270), Size(330, 280)
+FULL, HALF, PHONE = Size(940, 330), Size(480, 270), Size(330, 280)
 CLOUD = 600  # points drawn of a long curve
 WINDOWS = 32  # of the running mean
 SHORTEST_WINDOW = 8  # positions
@@ -75,17 +75,16 @@ def _kl_by_position(curve: Sequence[Mapping[str, Any]] | None) -> Figure | None:
     span = max(SHORTEST_WINDOW, -(-len(points) // WINDOWS))
     parts = [points[i : i + span] for i in range(0, len(points), span)]
     means = [(fmean(x for x, _ in part), fmean(y for _, y in part)) for part in parts]
-    name = "one position" if every == 1 else f"largest of {every} positions"
-    series = [
-        Series(name, cloud, line=False, faint=True),
-        Series(f"mean of {span} positions", means, marks=False),
-    ]
+    name = "one point of the curve" if every == 1 else f"largest of {every} points"
+    series = [Series(name, cloud, line=False, faint=True), Series(f"mean of {span} points", means, marks=False)]
     y = Axis("KL, nats", log=True)
+    apart = (points[-1][0] - points[0][0]) / max(1, len(points) - 1)
+    each = "" if apart < 1.5 else f", each the mean of about {apart:.0f} positions"
     caption = (
-        f"{len(points):,} positions of the evaluation text, one after another. "
-        "A level cloud is what rounding leaves; a rise means that errors add up with the length of the context."
+        f"{len(points):,} points{each}, in the order of the evaluation text. "
+        "A level cloud is what rounding leaves; a rise means that something adds up."
     )
-    title = f"KL divergence at each of {len(points)} positions"
+    title = f"KL divergence by position, {len(points)} points"
     return _figure("KL by position", caption, lambda size: plot(title, series, Axis("position"), y, size))
 
 
@@ -137,7 +136,11 @@ def _sizes(tensors: Tensors, key: str, heading: str) -> Figure:
     whole = sum(totals.values()) or 1
     ordered = sorted(totals.items(), key=lambda item: -item[1])
     rows = [
-        Row(f"{name}, {counts[name]} tensors", count, f"{size_of(count)}, {100 * count / whole:.1f} %")
+        Row(
+            f"{name}, {counts[name]} tensor{'s' * (counts[name] > 1)}",
+            count,
+            f"{size_of(count)}, {100 * count / whole:.1f} %",
+        )
         for name, count in ordered
     ]
     caption = f"{size_of(whole)} of tensors in all."
@@ -155,4 +158,4 @@ def layer_errors(blame: Mapping[str, Any]) -> Figure | None:
     )
     series = [Series("hidden states", points)]
     title = "Divergence of the hidden states by layer"
-    return _figure("Divergence by layer", caption, lambda size: plot(title, series, LAYER, RELATIVE, size))
+    return _figure("Divergence by layer", caption, lambda size: plot(title, series, LAYER, RELATIVE, size), full=True)

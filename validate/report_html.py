@@ -28,12 +28,14 @@ QUESTIONS = {
     "tokens": "Does text become the same ids?",
     "template": "Does a chat become the same prompt?",
     "conversion": "Is it the same model?",
-    "noise": "How far does the runtime lie from itself?",
+    "floor": "How far does the runtime lie from itself?",
     "quality": "What did quantization cost?",
     "blame": "What is at fault?",
     "speed": "How fast is it here?",
 }
-MARKS = {"passed": "✓", "failed": "✗", "not run": "!", "not applicable": "–"}  # beside the word, never instead of it
+REPORTED = "reported"  # a figure without a limit: it ran, and there was nothing to pass
+# Beside the word, never instead of it.
+MARKS = {"passed": "✓", "failed": "✗", "not run": "!", REPORTED: "·", "not applicable": "–"}
 KEY_FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     # check, what people call it, how it is written
     ("quality.kl", "mean KL, nats", number),
@@ -98,8 +100,8 @@ def page(told: Told) -> str:
     sized = tensors or told.get("export", {}).get("tensors", ())
     errors = report_figures.tensor_errors(tensors)
     figures = [*([] if errors is None else [errors]), *report_figures.size_figures(sized)]
+    quality = Section("Quality", report_figures.quality_figures(details))
     sections = (
-        Section("Quality", report_figures.quality_figures(details)),
         Section("Weights", figures, list(_tensor_tables(tensors))),
         Section("Speed", (), list(_speed(told, details))),
         Section("Other types, for orientation", (), list(_stock(told, details))),
@@ -114,11 +116,14 @@ def page(told: Told) -> str:
         groups=_groups(told["checks"]),
         blame=details.get("blame"),
         blamed=list(_blamed(details.get("blame") or {})),
+        quality=quality if quality.figures else None,
         sections=[section for section in sections if section.figures or section.tables],
         css=Markup(charts.STYLE + _read("report.css")),  # files of this package
         number=number,
         marks=MARKS,
+        status=shown_status,
         questions=QUESTIONS,
+        no_numbers=("inf", "-inf", "nan"),
     )
     return charts.printable(text)
 
@@ -138,7 +143,7 @@ def _read(name: str) -> str:
 def verdict(told: Told) -> Verdict:
     """Returns what a report says in one word, and why."""
     checks: Sequence[Mapping[str, Any]] = told["checks"]
-    counts = Counter(check["status"] for check in checks)
+    counts = Counter(map(shown_status, checks))
     line = ", ".join(f"{counts[status]} {status}" for status in MARKS if counts[status])
     if told["passed"] is None:
         return Verdict(
@@ -149,6 +154,12 @@ def verdict(told: Told) -> Verdict:
     failed = [check["name"] for check in checks if check["passed"] is False]
     missing = [check["name"] for check in checks if check["passed"] is None and check["required"]]
     return Verdict("failed", "Not passed", f"{line}." if line else "No check ran.", failed, missing)
+
+
+def shown_status(check: Mapping[str, Any]) -> str:
+    """Returns a check's status as the page says it: a figure that nothing judges is reported, not passed."""
+    figure = check["passed"] and check["value"] is not None and check["limit"] is None
+    return REPORTED if figure else str(check["status"])
 
 
 def _name(told: Told) -> str:
@@ -213,7 +224,7 @@ def _speed(told: Told, details: Mapping[str, Any]) -> Iterator[Table]:
     found = {**found, **details.get("speed", {})}
     rows = [(words, write(as_float(found[key]))) for key, words, write in SPEED_ROWS if found.get(key) is not None]
     if rows:
-        yield Table(("measured", "value"), rows, (1,), "Speed on the machine that validated")
+        yield Table(("measured", "value"), rows, (), "Speed on the machine that validated")
 
 
 def _stock(told: Told, details: Mapping[str, Any]) -> Iterator[Table]:

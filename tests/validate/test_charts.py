@@ -93,6 +93,15 @@ def test_a_logarithmic_axis_of_any_length_has_at_least_two_ticks(low: float, hig
     assert all(-1e-6 <= scale.place(tick) <= 240 + 1e-6 for tick in found)
 
 
+@given(st.floats(-12, 6), st.floats(0, 14), st.integers(100, 900))
+def test_ticks_of_a_logarithmic_axis_leave_room_for_their_words(low: float, decades: float, width: int) -> None:
+    scale = scale_of(Axis(log=True), [10**low, 10 ** (low + decades)], 0, width)
+    places = [scale.place(tick) for tick in scale.ticks(64)]
+    assert 2 <= len(places) <= 2 + width / 40
+    if len(places) > 2:
+        assert min(b - a for a, b in pairwise(places)) >= 40
+
+
 @given(st.lists(st.tuples(numbers, st.floats(1e-12, 1e6)), min_size=1, max_size=30), st.booleans())
 def test_every_point_stands_on_the_paper_in_the_order_of_its_value(points: list, log: bool) -> None:
     svg = plot("t", [Series("s", points)], Axis("x"), Axis("y", log=log), SIZE)

@@ -12,7 +12,7 @@ from sample_reports import CHECKS, FACTS, details, failed, sound
 
 from llmx.validate.report import Report, not_run, unproven
 from llmx.validate.report_figures import as_float, percent, size_of
-from llmx.validate.report_html import page, verdict
+from llmx.validate.report_html import page, shown_status, verdict
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7*7 }}\u202e\x00\ud800'
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -125,9 +125,16 @@ def test_the_verdict_names_the_checks_and_links_to_them() -> None:
 def test_each_check_stands_with_value_limit_unit_origin_and_detail() -> None:
     text = Reader(page(sound())).text
     for check in CHECKS:
-        for words in (check.name, check.status, check.unit, check.origin, check.detail):
+        judged = "" if check.limit is None else check.origin
+        for words in (check.name, check.status, check.unit, judged, check.detail):
             assert words in text
     assert "0.0183" in text and "0.15" in text
+
+
+def test_a_figure_that_nothing_judges_is_reported_and_not_passed() -> None:
+    judged, figure = (check for check in sound()["checks"] if check["name"] in ("quality.kl", "speed.decode"))
+    assert (shown_status(judged), shown_status(figure)) == ("passed", "reported")
+    assert verdict(sound()).line == "3 passed, 1 not run, 3 reported, 1 not applicable."
 
 
 def test_the_page_has_every_picture_and_table_that_the_report_has_data_for() -> None:
@@ -188,7 +195,7 @@ def test_a_long_curve_is_thinned_and_its_largest_value_stays() -> None:
     curve = [{"position": i, "kl": 1e-3} for i in range(50_000)]
     curve[31_234]["kl"] = 7.5
     text = page(sound(kl_by_position=curve))
-    assert "50,000 positions" in text and "7.5" in text
+    assert "50,000 points" in text and "7.5" in text
     assert len(text) < 600_000
 
 
