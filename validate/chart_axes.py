@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # times a power of ten: what people read as round
-BETWEEN = ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))  # times powers of ten: ticks of a logarithmic axis, the first that has room
+# Times powers of ten: the ticks of a logarithmic axis, of these the first that has room.
+BETWEEN = ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 CLOSEST = 0.75  # of a tick's room
 HEADROOM = 0.04  # of the span, beyond the outermost values
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
