@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ for _library in ("OMP", "OPENBLAS", "MKL"):
 
 from llmx.models.pretokenizers import QWEN2  # noqa: E402
 from llmx.validate.corpus import CORPUS  # noqa: E402
+from llmx.validate.report import Report, json_schema  # noqa: E402
 
 STORY = """Once upon a time there was a little girl named Lily. She loved to play outside in the big garden.
 One day, she saw a red ball and said: "I want to play with it!" Her mom smiled and said that she could.
@@ -185,3 +186,20 @@ def tokenizer_folder(tmp_path: Path, tokenizer_files: Callable[[str], dict[str, 
         return tmp_path
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_report_of_a_validation_keeps_to_the_schema() -> Iterator[None]:
+    """A key that the schema does not describe fails the test that made it. Reports without settings are made up."""
+    from jsonschema import Draft202012Validator
+
+    checker, make = Draft202012Validator(json_schema()), Report.__init__
+
+    def checked(self: Report, *values: Any, **named: Any) -> None:
+        make(self, *values, **named)
+        if "settings" in self.facts:
+            checker.validate(self.to_dict())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Report, "__init__", checked)
+        yield

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
-from sample_reports import failed, sound
+from sample_reports import FACTS, failed, sound
 
 from llmx import api
 from llmx.validate.case import Settings
@@ -60,6 +60,11 @@ def test_a_name_that_utf_8_cannot_write_is_escaped_and_comes_back() -> None:
     text = as_json(failed("blk.\ud800.weight"))
     assert text.encode()
     assert json.loads(text)["details"]["blame"]["tensor"] == "blk.\ud800.weight"
+
+
+def test_a_validation_that_leaves_an_undescribed_table_fails_every_test() -> None:
+    with pytest.raises(ValidationError, match="surprise"):
+        Report((not_run("quality.kl", "no runtime"),), FACTS, {"surprise": []})
 
 
 def _passed_without_a_check(told: dict[str, Any]) -> None:
