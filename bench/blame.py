@@ -1,12 +1,13 @@
 """Does blame name the tensor that was damaged? Random damages of single tensors, one after another.
 
-    python bench/blame.py [MODEL …] [--count 200] [--seed 0] [--types …] [--methods rtn,gptq,awq] [--file GGUF=MODEL …]
+    python bench/blame.py [MODEL …] [--count 200] [--seed 0] [--types …] [--solved-types …] [--methods rtn,gptq,awq]
+                          [--file GGUF=MODEL …]
 
-Every MODEL (default: the checkpoint in examples/) is exported to every type by every method; files of other tools come
+Every MODEL (default: the checkpoint in examples/) is exported to many types by every method; files of other tools come
 with --file. The digests are taken out of the files, so that nothing but the weights can tell. Every kind of damage has
-its turn; the file and the tensor are drawn, a vector one time in ten (bench/corruptions.py says which damages are too
-small to count and drawn again). Blame has to name the tensor, of two exchanged ones either, and is given nothing but
-the file and the checkpoint. Every sound file is asked about, too: there blame must name nothing.
+its turn; the method, the file and the tensor are drawn, a vector one time in ten (bench/corruptions.py says which
+damages are too small to count and drawn again). Blame has to name the tensor, of two exchanged ones either, and is
+given nothing but the file and the checkpoint. Every sound file is asked about, too: there blame must name nothing.
 
 Exit code 1 when fewer than --least (0.95) are named, or a sound file is blamed.
 """
@@ -21,6 +22,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +36,14 @@ from llmx.formats.gguf import GgufFile, TensorInfo, Value, layout, read_gguf
 from llmx.models.model import Model, open_model
 from llmx.validate.blame import Blame, find_blame
 from llmx.validate.case import Case, Limits, Settings
+from llmx.validate.checks_bytes import compared_with
 from llmx.validate.oracle import Tokens
 from llmx.validate.runtimes import find_runtime
 from llmx.validate.sample_text import SAMPLE_TEXT
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 TYPES = "F16,Q8_0,Q6_K,Q5_K_M,Q5_0,Q4_K_M,Q4_0,Q4_1,IQ4_XS,Q3_K_M,Q2_K"
-SOLVED_TYPES = frozenset(
-    {"Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "Q5_K_M", "IQ4_XS"}
-)  # a solver has little to do in others
+SOLVED_TYPES = "Q4_K_M,Q4_0,Q2_K"  # a calibrated export takes a minute, a rounded one a second
 CALIBRATION_TOKENS = 8192
 VECTORS = 0.1
 TRIES = 200  # of a file and a tensor for one kind, before it is given up
@@ -55,6 +56,10 @@ class Base:
     name: str
     path: Path
     model: Path
+
+    @property
+    def method(self) -> str:
+        return self.name.rpartition(" ")[2]
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,13 @@ class Trial:
     too_small: int  # draws before it that did not move the tensor
 
 
-def bases(models: Sequence[Path], types: Sequence[str], methods: Sequence[str], folder: Path) -> Iterator[Base]:
-    """Exports every model to every type by every method."""
+def bases(
+    models: Sequence[Path], types: Sequence[str], solved: Sequence[str], methods: Sequence[str], folder: Path
+) -> Iterator[Base]:
+    """Exports every model by every method, rounded to every one of `types`, otherwise to every one of `solved`."""
     for model in models:
         for method in methods:
-            for type_name in types:
-                if method != "rtn" and type_name not in SOLVED_TYPES:
-                    continue
+            for type_name in types if method == "rtn" else solved:
                 name = f"{model.name} {type_name} {method}"
                 path = folder / f"{name.replace(' ', '-')}.gguf"
                 request = api.ExportRequest(
@@ -116,12 +121,18 @@ def without_digests(source: Path, target: Path) -> None:
     made.rename(target)
 
 
-def case_of(path: Path, model: Model, scratch: Path) -> Case:
+@cache
+def opened(folder: Path) -> tuple[Model, Tokens]:
+    return open_model(folder), Tokens(folder)
+
+
+def case_of(path: Path, folder: Path, scratch: Path) -> Case:
+    model, tokens = opened(folder)
     return Case(
         artifact=path,
         file=read_gguf(path),
         model=model,
-        tokens=Tokens(model.checkpoint.folder),
+        tokens=tokens,
         runtime=find_runtime("llama.cpp"),  # blame does not run it
         text=SAMPLE_TEXT,
         limits=Limits(),
@@ -138,10 +149,12 @@ def stored(file: GgufFile, model: Model, entry: Entry) -> Stored:
 
 def trial(rng: np.random.Generator, kind: str, choices: Sequence[Base], folder: Path) -> Trial | None:
     """One damage of that kind in a random file; None where none of many tensors can have it."""
+    methods = sorted({base.method for base in choices})
     for _ in range(TRIES):
-        base = choices[rng.integers(len(choices))]
-        model = open_model(base.model)
-        case = case_of(base.path, model, folder)
+        method = methods[rng.integers(len(methods))]
+        some_files = [base for base in choices if base.method == method]
+        base = some_files[rng.integers(len(some_files))]
+        case = case_of(base.path, base.model, folder)
         entries = [entry for entry in case.entries if entry.pieces]
         vector = rng.random() < VECTORS
         some = [entry for entry in entries if (len(entry.shape) == 1) == vector]
@@ -156,7 +169,7 @@ def trial(rng: np.random.Generator, kind: str, choices: Sequence[Base], folder: 
                 for name, data in made.items():
                     out.seek(case.file.tensors[name].offset)
                     out.write(np.ascontiguousarray(data).data)
-            found = find_blame(case_of(path, model, folder))
+            found = find_blame(case_of(path, base.model, folder))
             names = sorted(made)
             type_name = case.file.tensors[names[0]].type_name
             return Trial(
@@ -178,7 +191,7 @@ def damage(
     """Stored tensor -> its damaged bytes, nothing where this tensor cannot have that damage; and draws too small."""
     file = case.file
     if kind != EXCHANGED:
-        data, too_small = draw(rng, kind, stored(file, case.model, entry))
+        data, too_small = draw(rng, kind, stored(file, compared_with(case), entry))
         return ({} if data is None else {entry.name: data}), too_small
     own = file.tensors[entry.name]
     others = [
@@ -218,7 +231,8 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="*", default=[EXAMPLE], metavar="MODEL")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--types", default=TYPES)
+    parser.add_argument("--types", default=TYPES, help="of rounded files")
+    parser.add_argument("--solved-types", default=SOLVED_TYPES)
     parser.add_argument("--methods", default="rtn,gptq,awq")
     parser.add_argument("--file", action="append", default=[], metavar="GGUF=MODEL", help="a file of another tool")
     parser.add_argument("--least", type=float, default=0.95, help="share of damages that must be named")
@@ -228,12 +242,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="llmx-blame-") as temporary:
         folder = options.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        choices = list(bases(options.models, options.types.split(","), options.methods.split(","), folder))
+        lists = (option.split(",") for option in (options.types, options.solved_types, options.methods))
+        choices = list(bases(options.models, *lists, folder))
         for number, (path, _, model) in enumerate(pair.partition("=") for pair in options.file):
             copy = folder / f"other-{number}.gguf"
             without_digests(Path(path), copy)
             choices.append(Base(f"{Path(path).name} other", copy, Path(model)))
-        sound = [(base.name, find_blame(case_of(base.path, open_model(base.model), folder))) for base in choices]
+        sound = [(base.name, find_blame(case_of(base.path, base.model, folder))) for base in choices]
         rng = np.random.default_rng(options.seed)
         kinds = (*DAMAGES, EXCHANGED)
         trials: list[Trial] = []
@@ -242,6 +257,7 @@ def main() -> None:
             if found is None:
                 continue
             trials.append(found)
+            print(f"{number}: {found.kind}, {found.file}, {found.tensor}: {found.named}", file=sys.stderr, flush=True)
             if not found.right:
                 print(
                     f"missed: {found.kind} in {found.tensor} ({found.type}) of {found.file}: {found.reason}", flush=True

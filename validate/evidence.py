@@ -5,10 +5,12 @@ source itself: it is rounded once more, to the artifact's own type, and the erro
 for the whole tensor, for every row, every column and every block.
 
     size      error / error of rounding                                  noise, coarser types, other tensors
-    gain      |slope of decoded over source - 1| / error of rounding     a scaled tensor
+    gain      |slope of decoded over source - 1| less rms², which rounding takes,
+              / error of rounding                                        a scaled tensor
     bias      |mean error| / root mean square error                      shifted zero points and minimums
     row, column, block     the worst one's error / rounding's there / size           local damage
-    unlike    1 - the cosine of the worst row with its source            rows that are zero, exchanged, of other sign
+    tails     fourth over squared second moment of the worst block's errors            flipped bits
+    unlike    the cosine with its source of the median row less that of the worst      rows of zeros, other rows
     steps     the largest error in steps of the grid / size              flipped bits
 """
 
@@ -23,6 +25,7 @@ from llmx.errors import LlmxError
 from llmx.exporters.gguf_tensors import Entry, read_rows
 from llmx.formats.ggml_blocks import BLOCKS
 from llmx.formats.ggml_decode import decode
+from llmx.formats.ggml_packers import LAYOUTS
 from llmx.formats.gguf import GgufFile
 from llmx.models.model import Model
 from llmx.quant.grid import encode
@@ -31,6 +34,7 @@ from llmx.validate.twin import stored_rows
 from llmx.validate.type_errors import USUAL_RMS
 
 FLOAT_BLOCK = 32  # weights looked at together in a type that has no blocks
+SHRINKING = 0.15  # the most by which rounding makes a tensor smaller
 EXACT = 1e-6  # of a weight: float32 arithmetic on the way, which no type's error is below
 
 
@@ -62,7 +66,7 @@ class _Sums:
     def __init__(self, columns: int) -> None:
         self.rows: list[np.ndarray] = []  # f64[5, rows]: ee, xx, ww, vv, vw
         self.columns = np.zeros((3, columns))  # ee, xx, ww
-        self.blocks: list[np.ndarray] = []  # f32[3, blocks]
+        self.blocks: list[np.ndarray] = []  # f64[4, blocks]: ee, xx, ww, eeee
         self.error, self.count = 0.0, 0
 
     def add(self, decoded: np.ndarray, source: np.ndarray, rounded: np.ndarray, block: int) -> None:
@@ -72,7 +76,9 @@ class _Sums:
         products = (*squares, decoded * decoded, decoded * source)
         self.rows.append(np.stack([part.sum(1, dtype=np.float64) for part in products]))
         self.columns += [part.sum(0, dtype=np.float64) for part in squares]
-        self.blocks.append(np.stack([part.reshape(-1, block).sum(1) for part in squares]))
+        grouped = [part.reshape(-1, block) for part in squares]
+        fourth = np.einsum("nb,nb->n", grouped[0], grouped[0], dtype=np.float64)
+        self.blocks.append(np.stack([*(part.sum(1, dtype=np.float64) for part in grouped), fourth]))
         self.error += float(error.sum(dtype=np.float64))
         self.count += error.size
 
@@ -106,7 +112,7 @@ def _rounded(type_name: str, source: np.ndarray) -> np.ndarray:
 
 
 def _judged(entry: Entry, type_name: str, sums: _Sums, steps: float, not_finite: int) -> Evidence:
-    rows, blocks = np.concatenate(sums.rows, axis=1), np.concatenate(sums.blocks, axis=1).astype(np.float64)
+    rows, blocks = np.concatenate(sums.rows, axis=1), np.concatenate(sums.blocks, axis=1)
     ee, xx, ww, vv, vw = rows.sum(1)
     floor = EXACT**2
     # A checkpoint that was quantized once already lies on a grid, and rounding it again costs next to nothing.
@@ -114,13 +120,9 @@ def _judged(entry: Entry, type_name: str, sums: _Sums, steps: float, not_finite:
     share = max(xx / ww, least) if ww else least
     size = np.sqrt(ee / (share * ww)) if ww else np.sqrt(ee)
     slope = vw / ww if ww else 1.0
-    worst, where = {}, {}
-    for name, (error, usual, energy) in (("row", rows[:3]), ("column", sums.columns), ("block", blocks)):
-        # Half of what is usual here, half of what is usual in the tensor: some few blocks are met exactly by chance.
-        expected = 0.5 * np.maximum(usual, floor * energy) + 0.5 * share * energy
-        ratio = np.sqrt(np.divide(error, expected, out=np.zeros_like(error), where=expected > 0))
-        where[name] = int(ratio.argmax())
-        worst[name] = float(ratio[where[name]] / max(size, 1.0))
+    parts = {"row": rows[:3], "column": sums.columns, "block": blocks[:3]}
+    ratios = {name: _ratios(part[0], part[1], part[2], share) for name, part in parts.items()}
+    where = {name: int(ratio.argmax()) for name, ratio in ratios.items()}
     alive = rows[2] > 0
     cosines = np.ones(len(alive))
     np.divide(rows[4], np.sqrt(rows[2] * rows[3]), out=cosines, where=alive & (rows[3] > 0))
@@ -129,10 +131,11 @@ def _judged(entry: Entry, type_name: str, sums: _Sums, steps: float, not_finite:
     where["unlike"] = int(cosines.argmin())
     figures = {
         "size": float(size),
-        "gain": float(abs(slope - 1) / np.sqrt(share)),
+        "gain": float(max(abs(slope - 1) - min(ee / ww, SHRINKING), 0) / np.sqrt(share)) if ww else 0.0,
         "bias": float(abs(sums.error) / np.sqrt(ee * sums.count)) if ee > share * ww * 0.25 else 0.0,
-        **worst,
-        "unlike": float(1 - cosines.min()),
+        **{name: float(ratio.max() / max(size, 1.0)) for name, ratio in ratios.items()},
+        "tails": _tails(blocks[0], blocks[3], sums.count) if type_name in LAYOUTS else 0.0,
+        "unlike": float(np.median(cosines) - cosines.min()),
         "steps": float(steps / max(size, 1.0)),
     }
     return Evidence(
@@ -148,3 +151,19 @@ def _judged(entry: Entry, type_name: str, sums: _Sums, steps: float, not_finite:
         figures=figures,
         where=where,
     )
+
+
+def _ratios(error: np.ndarray, usual: np.ndarray, energy: np.ndarray, share: float) -> np.ndarray:
+    """The error of every row, column or block over what is usual, half here and half in the whole tensor.
+
+    Only half here: a few are met nearly exactly, by chance.
+    """
+    expected = 0.5 * np.maximum(usual, EXACT**2 * energy) + 0.5 * share * energy
+    return np.sqrt(np.divide(error, expected, out=np.zeros_like(error), where=expected > 0))
+
+
+def _tails(squares: np.ndarray, fourths: np.ndarray, count: int) -> float:
+    """The largest kurtosis of a block's errors; blocks that are met nearly exactly are no reason for one."""
+    block = count / len(squares)
+    expected = squares + 0.25 * squares.mean()
+    return float(np.divide(fourths * block, expected**2, out=np.zeros_like(fourths), where=expected > 0).max())

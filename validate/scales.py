@@ -3,13 +3,14 @@
 AWQ divides a channel where it is made and multiplies it where it is read (see quant/transforms.py):
 
     norm gain / s   →  columns of q, k, v, gate, up · s      the ratio of the gains is s, to the last bit
-    rows of v / s   →  columns of o · s                      s by least squares over a row, or over a column
-    rows of up / s  →  columns of down · s                   the same
+    rows of v / s   →  columns of o · s                      s by least squares over a row, or over a column;
+    rows of up / s  →  columns of down · s                   the ratio of the biases where there are any
 
 With the scales folded into it, the checkpoint is what the artifact was rounded from, and each tensor can be compared
 as in any other file. A fault must not spoil the scale that it is judged by: where the consumers of a norm agree on
 another scale than the gain says, theirs is taken; of a row and a column that tell the same scale, the one that is more
-like its source.
+like its source. Where all channels are off by one factor, it is in the tensor whose scales are not as the search leaves
+them, √(largest · smallest) = 1.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from llmx.quant.transforms import Folds, ScalePair, pairs
 
 SMALLEST, LARGEST = 1e-4, 1e4  # a scale beyond these was not searched but comes from a fault
 DISAGREEMENT = 0.1  # of the logarithm of a scale, beyond three times what the consumers' own differ by
+FACTOR = 0.025  # of the logarithm: a factor of all channels that is not in the fit's noise
 ROWS = 512  # of a matrix compared at once
 
 
@@ -55,9 +57,7 @@ def _is_norm(model: Model, pair: ScalePair) -> bool:
 
 def _norm_scales(model: Model, restored: Model, pair: ScalePair, producers: Set[str]) -> Floats:
     """f32[channels]: what the gain says, or its consumers where they agree on something else."""
-    name, offset = f"{pair.producer}.weight", np.float32(model.architecture.norm_offset)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        told = _usable((model.weight(name).read()[0] + offset) / (restored.weight(name).read()[0] + offset))
+    told = _ratio(model, restored, f"{pair.producer}.weight", model.architecture.norm_offset)
     if len(pair.consumers) == 1:
         return told
     seen, apart = [], []
@@ -71,6 +71,9 @@ def _norm_scales(model: Model, restored: Model, pair: ScalePair, producers: Set[
     common = np.mean(seen, axis=0) if seen else np.log(told)
     seen += [logarithms - np.median(logarithms - common) for logarithms in apart]
     middle = np.median(seen, axis=0)
+    factor = float(np.median(middle - np.log(told)))
+    if abs(factor) > FACTOR and _off_centre(np.log(told)) > _off_centre(middle):
+        told = told * np.float32(np.exp(factor))
     doubted = np.abs(middle - np.log(told)) > DISAGREEMENT + 3 * np.ptp(seen, axis=0)
     return np.where(doubted, np.exp(middle), told).astype(np.float32)
 
@@ -80,10 +83,34 @@ def _matrix_scales(model: Model, restored: Model, pair: ScalePair) -> Floats:
     made, _ = _fits(model, restored, f"{pair.producer}.weight")
     (consumer,) = pair.consumers
     _, read = _fits(model, restored, f"{consumer}.weight")
-    columns = Fit(pair.channels(read.gain).reshape(-1), pair.channels(read.likeness).reshape(-1))
+    columns = Fit(pair.channels(read.gain), pair.channels(read.likeness))
     with np.errstate(divide="ignore"):
-        scales = np.where(made.likeness >= columns.likeness, 1 / made.gain, columns.gain)
-    return _usable(scales).reshape(pair.shape)
+        of_rows = np.log(_usable(1 / made.gain)).reshape(columns.gain.shape)
+    of_columns = np.log(_usable(columns.gain))
+    for expert, (one, other) in enumerate(zip(of_rows, of_columns, strict=True)):
+        factor = float(np.median(one - other))
+        if abs(factor) > FACTOR and _off_centre(one) > _off_centre(other):
+            of_rows[expert] -= factor
+        elif abs(factor) > FACTOR:
+            of_columns[expert] += factor
+    likely = made.likeness.reshape(columns.likeness.shape) >= columns.likeness
+    found = np.where(likely, of_rows, of_columns)
+    if model.has(f"{pair.producer}.bias"):  # a float, divided by the same scale: it tells it exactly
+        told = np.log(_ratio(model, restored, f"{pair.producer}.bias", 0.0))[None]
+        found = np.where(np.abs(told - of_rows) < DISAGREEMENT, told, found)
+    return np.exp(found).astype(np.float32).reshape(pair.shape)
+
+
+def _ratio(model: Model, restored: Model, name: str, offset: float) -> Floats:
+    """f32[channels]: source over artifact of a vector, each plus the offset."""
+    source, artifact = (part.weight(name).read()[0] + np.float32(offset) for part in (model, restored))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return _usable(source / artifact)
+
+
+def _off_centre(logarithms: np.ndarray) -> float:
+    """How far the scales are from √(largest · smallest) = 1."""
+    return float(abs(logarithms.max() + logarithms.min()) / 2)
 
 
 def _fits(

@@ -50,7 +50,7 @@ def off(found: Model, artifact: Model) -> dict[str, float]:
     }
 
 
-@pytest.fixture(params=["tiny-qwen3", "tiny-mixtral", "tiny-gemma3", "stories260k-llama"])
+@pytest.fixture(params=["tiny-qwen3", "tiny-qwen2", "tiny-mixtral", "tiny-gemma3", "tiny-gpt2", "stories260k-llama"])
 def model(request: pytest.FixtureRequest, checkpoint_of: Callable[[str], Path]) -> Model:
     return open_model(checkpoint_of(request.param))
 
@@ -101,3 +101,16 @@ def test_folds_of_experts_are_each_experts_own(checkpoint_of):
     found = with_scales_of(model, artifact)
     up, expected = found.weight(f"{pair.producer}.weight").read(), artifact.weight(f"{pair.producer}.weight").read()
     np.testing.assert_allclose(up, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("role", ["v", "o", "up", "down", "attention_norm", "ffn_norm"])
+def test_a_factor_of_a_whole_tensor_stays_in_it(role, checkpoint_of):
+    """The two sides of a pair tell it alike; the scales that were searched are centred, and the factor moves them."""
+    model = open_model(checkpoint_of("tiny-qwen3"))
+    rng = np.random.default_rng(0)
+    drawn = {pair: rng.uniform(-1, 1, pair.shape) for pair in pairs(model.architecture)}
+    centred = {pair: np.exp(x - (x.max() + x.min()) / 2).astype(np.float32) for pair, x in drawn.items()}
+    name = f"layers.1.{role}.weight"
+    artifact = Noisy(Folds(centred).applied(model), 0.05, {name: lambda values: values * np.float32(1.1)})
+    far = {key for key, distance in off(with_scales_of(model, artifact), artifact).items() if distance > 0.08}
+    assert far == {name}
