@@ -68,11 +68,12 @@ def validate(artifact: Path, reference: str, output: Path | None, as_json: bool,
     Examples:
       llmx validate model-Q4_K_M.gguf --reference ./model
       llmx validate model-Q4_K_M.gguf --reference org/model --text my.txt --max-kl 0.05 -o reports/
+      llmx validate any.gguf --reference ./model --gate gate.yaml --text my.txt --positions 4096
       llmx validate broken.gguf --reference ./model --blame
     """
     from llmx import api, describe
 
-    how = {name: chosen.pop(name) for name in ("revision", "text", "threads", "blame")}
+    how = {name: chosen.pop(name) for name in ("revision", "text", "positions", "threads", "blame")}
     report = api.validate(artifact, reference, limits=api.limits(**chosen), output=output, **how)
     options.answer(as_json, report.to_dict(), lambda: describe.report(report))
     click.get_current_context().exit(api.exit_code(report))
@@ -154,6 +155,7 @@ def doctor(as_json: bool) -> None:
 def _request(
     model: str,
     format_: str,
+    gate: Path | None = None,
     max_kl: float | None = None,
     min_top1: float | None = None,
     max_ppl_ratio: float | None = None,
@@ -163,7 +165,7 @@ def _request(
     from llmx import api
 
     judged = None
-    if (limits := (max_kl, min_top1, max_ppl_ratio, min_tokens_per_second)) != (None,) * 4:
+    if (limits := (max_kl, min_top1, max_ppl_ratio, min_tokens_per_second, gate)) != (None,) * 5:
         judged = api.limits(*limits)
     return api.ExportRequest(model=model, format=format_, limits=judged, **chosen)
 

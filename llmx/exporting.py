@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmx.errors import CheckFailed, ResourceError, UsageError
+from llmx.errors import CheckFailed, LlmxError, ResourceError, RuntimeMissing, UsageError
 from llmx.validating import REPORT_NAME, available_cores, check_threads, require_runtime, validate, write_report
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class ExportRequest:
     force: bool = False
     text: Path | None = None
     limits: Limits | None = None
+    positions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,13 @@ def export(request: ExportRequest) -> ExportResult:
         report = None
         if request.validate:
             report = validate(
-                partial[0], model, text=request.text, limits=request.limits, threads=request.threads, facts=facts
+                partial[0],
+                model,
+                text=request.text,
+                positions=request.positions,
+                limits=request.limits,
+                threads=request.threads,
+                facts=facts,
             )
         report_path = _publish(partial, targets, report, facts)
     return ExportResult(
@@ -176,7 +183,8 @@ def _written(prepared: Prepared, partial: list[Path]) -> tuple[tuple[str, ...], 
 def _publish(partial: list[Path], targets: list[Path], report: Report | None, facts: dict[str, object]) -> Path:
     """Move the files to their final names, write the report and its page beside them, return the report's path.
 
-    Raises: CheckFailed when the report did not pass; the files then have the names of failed ones.
+    Raises: CheckFailed, or what the report's exit code stands for, when it did not pass; the files then have the names
+    of failed ones.
     """
     from llmx.exporters import artifact
     from llmx.validate.report import unproven
@@ -358,8 +366,10 @@ def _report_path(artifact: Path) -> Path:
     return path if told == artifact.name else artifact.with_name(f"{artifact.name}.{REPORT_NAME}")
 
 
-def _failure(report: Report, artifact: Path, report_path: Path) -> CheckFailed:
+def _failure(report: Report, artifact: Path, report_path: Path) -> LlmxError:
     problems = [f"{check.name}: {check.value} against {check.limit}: {check.detail}" for check in report.failed]
     problems += [f"{check.name}: not run: {check.detail}" for check in report.missing]
     where = f"{artifact}, report {report_path}"
-    return CheckFailed("the artifact did not pass", problems=problems, where=where)
+    kinds = (UsageError, ResourceError, RuntimeMissing, CheckFailed)
+    kind = next(kind for kind in kinds if kind.exit_code == report.exit_code)
+    return kind("the artifact did not pass", problems=problems, where=where)

@@ -62,11 +62,18 @@ how = several(
 )  # fmt: skip
 limits = several(
     click.option("--text", type=FILE, help="Text to judge on. [default: a built-in mixed text]"),
+    click.option(
+        "--positions", type=click.IntRange(min=1), metavar="N",
+        help="How many next-token distributions are compared; a text with fewer is refused. [default: 512, or fewer]",
+    ),
+    click.option(
+        "--gate", type=FILE, metavar="FILE", help="YAML of limits: max_kl, … or a check's name. Options go before it."
+    ),
     click.option("--max-kl", type=float, help="Largest mean KL divergence to pass."),
     click.option("--min-top1", type=float, help="Smallest share of equal most likely tokens to pass."),
     click.option("--max-ppl-ratio", type=float, help="Largest perplexity ratio to pass."),
     click.option("--min-tokens-per-second", type=float, help="Slowest decoding to pass."),
-)
+)  # fmt: skip
 
 
 def answer(as_json: bool, value: dict[str, Any], words: Callable[[], str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmx.errors import CheckFailed, RuntimeMissing, UsageError
+from llmx.errors import RuntimeMissing, UsageError
 
 if TYPE_CHECKING:
     from llmx.models.model import Model
@@ -37,6 +37,7 @@ def validate(
     *,
     revision: str | None = None,
     text: Path | None = None,
+    positions: int | None = None,
     limits: Limits | None = None,
     output: Path | None = None,
     threads: int = 0,
@@ -45,6 +46,7 @@ def validate(
 ) -> Report:
     """Rerun an artifact on its runtime and judge it against the checkpoint; the report says what passed.
 
+    positions: how many next-token distributions to compare; a text with fewer is refused. None: 512, or fewer.
     output: a folder for report.json, report.html and junit.xml. blame: name the tensor at fault, also where none is.
     facts: more about the artifact, for the report.
     Raises: IntegrityError for a broken artifact, UsageError for one that is not there or a text that cannot be read.
@@ -59,6 +61,9 @@ def validate(
     check_threads(threads)
     if not artifact.is_file():
         raise UsageError("there is no such artifact", where=artifact, fix="give a .gguf file")
+    settings = Settings(threads=threads or available_cores(), blame=blame)
+    if positions is not None:
+        settings = replace(settings, positions=positions, least_positions=positions)
     with stages("validating") as stage:
         report = run_checks(
             artifact,
@@ -66,7 +71,7 @@ def validate(
             runtime=RUNTIME_OF_FORMAT["gguf"],
             text=None if text is None else _read_text(text),
             limits=limits,
-            settings=Settings(threads=threads or available_cores(), blame=blame),
+            settings=settings,
             progress=stage,
         )
     report = replace(report, facts={**report.facts, **(facts or {})})
@@ -92,20 +97,26 @@ def limits(
     min_top1: float | None = None,
     max_ppl_ratio: float | None = None,
     min_tokens_per_second: float | None = None,
+    gate: Path | None = None,
 ) -> Limits:
-    """What an artifact must keep to pass; None takes the default of its size class."""
-    from llmx.validate.case import Limits
+    """What an artifact must keep to pass; None takes that of the gate file, or the default of its size class.
 
-    return Limits(max_kl, min_top1, max_ppl_ratio, min_tokens_per_second)
+    Raises: UsageError for a number that is no limit, and as `read_gate`.
+    """
+    from llmx.validate.gate import WORDS, Limits, problem_with
+    from llmx.validate.gate_file import read_gate
+
+    said = Limits(max_kl, min_top1, max_ppl_ratio, min_tokens_per_second)
+    values = {word: getattr(said, word) for word in WORDS}
+    problems = [problem_with(word, value) for word, value in values.items() if value is not None]
+    if wrong := [problem for problem in problems if problem is not None]:
+        raise UsageError("a limit of the command line cannot be kept", problems=wrong)
+    return said if gate is None else replace(said, gate=read_gate(gate), gate_name=gate.name)
 
 
 def exit_code(report: Report) -> int:
-    """0 when it passed, 7 when its runtime is missing, 4 otherwise."""
-    if report.passed:
-        return 0
-    if report.failed:
-        return CheckFailed.exit_code
-    return RuntimeMissing.exit_code if missing_runtime() is not None else CheckFailed.exit_code
+    """0 when it passed, 4 when a check failed, 7 for a missing runtime, 5 for memory, 2 for a limit below the floor."""
+    return report.exit_code
 
 
 def missing_runtime() -> str | None:

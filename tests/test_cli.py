@@ -134,6 +134,31 @@ def test_a_limit_that_is_not_met_exits_4_and_still_prints_the_report(
     assert "quality.kl" in {check["name"] for check in done.told["checks"] if check["passed"] is False}
 
 
+def test_a_gate_judges_any_check_and_the_command_line_goes_before_it(
+    exported: dict[str, object], tmp_path: Path, here: Callable[..., Done]
+) -> None:
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("max_kl: 1e-9\nspeed.load: 1e-9\nquality.rms_delta_p: 0.5\n")
+    given = ("--reference", EXAMPLE, "--gate", gate, "--max-kl", 0.5, "--positions", 64, "--json")
+    done = here("validate", exported["artifact"], *given)
+    assert done.code == 4, done.stderr
+    checks = {check["name"]: check for check in done.told["checks"]}
+    assert [name for name, check in checks.items() if check["passed"] is False] == ["speed.load"]
+    assert checks["quality.positions"]["value"] >= checks["quality.positions"]["limit"] == 64
+    assert done.told["gate"]["quality.kl"] == {"limit": 0.5, "origin": "asked for"}
+    assert done.told["gate"]["speed.load"] == {"limit": 1e-9, "origin": "asked for in gate.yaml"}
+    gate.write_text("max_kll: 1\n")
+    done = here("export", EXAMPLE, "--gate", gate, "-o", tmp_path / "out", "--json")
+    assert done.code == 2 and "max_kl" in done.told["error"]["problems"][0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_positions_than_the_text_has_exit_2(exported: dict[str, object], here: Callable[..., Done]) -> None:
+    done = here("validate", exported["artifact"], "--reference", EXAMPLE, "--positions", 100_000, "--json")
+    assert done.code == 2
+    assert "100000 were asked for" in done.told["error"]["what"]
+
+
 def test_an_export_that_fails_its_limit_is_not_left_under_the_final_name(
     tmp_path: Path, here: Callable[..., Done]
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import isqrt, prod
 from pathlib import Path
 
 import psutil
@@ -12,49 +12,57 @@ import psutil
 from llmx.exporters.gguf_families import gguf_family
 from llmx.exporters.gguf_tensors import Entry, entries
 from llmx.formats.gguf import GgufFile
+from llmx.models.architecture import Architecture
 from llmx.models.model import Model
 from llmx.validate.findings import Findings
+from llmx.validate.gate import ORIGIN, Limit, Limits, default_bound
 from llmx.validate.oracle import Tokens
 from llmx.validate.runtimes import Runtime
 
+__all__ = ["Case", "Limits", "Noise", "Settings", "boundaries", "chunks"]
+
 SHORTEST_CHUNK = 8  # tokens
-CHARACTERS_PER_TOKEN = 40  # more than any tokenizer reaches over a page of text
+CHARACTERS_PER_TOKEN = 6  # a first guess of how much text is enough; where it is not, twice as much is read
+PAST = 64  # positions that are judged past a boundary
 
-PARALLEL_PARAMETERS = 20_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the user asks for; None takes the default of the check."""
-
-    max_kl: float | None = None
-    min_top1: float | None = None
-    max_ppl_ratio: float | None = None
-    min_tokens_per_second: float | None = None
+PARALLEL_PARAMETERS = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """positions: how many judged next-token distributions at least. chunk: tokens fed at once, each chunk afresh.
+    """positions: how many judged next-token distributions; a shorter text gives fewer, and the report says so.
 
+    least_positions: a text that gives fewer is refused. chunk: tokens fed at once, each chunk afresh.
     twin_bytes: how large the float32 twin of the conversion check may be, on disk and again in memory.
-    window_tokens: how long the longest sequence may be that is run to pass a sliding window.
+    attention_bytes: how large a layer's attention scores may be in the reference, which limits the longest sequence.
     blame: look for the tensor at fault although no check failed.
     """
 
     positions: int = 512
+    least_positions: int = 1
     chunk: int = 256
     threads: int = 1
     twin_bytes: int = 4 << 30
-    window_tokens: int = 1024 + 64
+    attention_bytes: int = 512 << 20
     blame: bool = False
+
+
+@dataclass(slots=True)
+class Noise:
+    """The largest mean KL, nats, between the runtime and itself on this artifact; None where it was not measured.
+
+    usual: as people run it. exact: with the float32 twin and exact kernels.
+    """
+
+    usual: float | None = None
+    exact: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """One artifact against one reference on one runtime. scratch: an empty folder that is removed afterwards.
 
-    findings: where a check leaves what the report draws.
+    findings: where a check leaves what the report draws. noise: what the checks of the floor leave for later ones.
     """
 
     artifact: Path
@@ -67,18 +75,54 @@ class Case:
     settings: Settings
     scratch: Path
     findings: Findings = field(default_factory=Findings)
+    noise: Noise = field(default_factory=Noise)
     ids: list[int] = field(init=False)  # of the text, without BOS: as many as the checks can use
 
     def __post_init__(self) -> None:
-        wanted = 3 * self.settings.positions + self.settings.window_tokens
-        ids = self.tokens.encode(self.text[: wanted * CHARACTERS_PER_TOKEN], add_special=False)
-        object.__setattr__(self, "ids", ids)
+        longest = max((at for at in boundaries(self.model.architecture).values() if at < self.longest), default=0)
+        wanted = max(3 * self.settings.positions + 2 * self.settings.chunk, longest + PAST)
+        characters = wanted * CHARACTERS_PER_TOKEN
+        ids = self.tokens.encode(self.text[:characters], add_special=False)
+        while len(ids) < wanted and characters < len(self.text):
+            characters *= 2
+            ids = self.tokens.encode(self.text[:characters], add_special=False)
+        object.__setattr__(self, "ids", ids[:wanted])
 
     @property
     def chunk(self) -> int:
         """Tokens of a chunk: never more than the model's context, or than a short text has."""
         have = len(self.leading) + len(self.ids)
-        return max(SHORTEST_CHUNK, min(self.settings.chunk, self.model.architecture.context_length, have))
+        return min(self.settings.chunk, self.model.architecture.context_length, have)
+
+    @property
+    def judged(self) -> range:
+        """The positions of a chunk whose quality is judged: its second half, as llama.cpp's perplexity does."""
+        return range(self.chunk // 2, self.chunk - 1)
+
+    def sequences(self, positions: int, judged: int) -> Iterator[list[int]]:
+        """Yields chunks of the text, enough for so many positions where `judged` of each chunk count; or none."""
+        if self.chunk < SHORTEST_CHUNK:
+            return iter(())
+        return chunks(self.ids, self.leading, self.chunk, -(-positions // judged))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence whose attention scores, f32[heads, T, T], stay in their budget."""
+        return isqrt(self.settings.attention_bytes // (4 * self.model.architecture.heads))
+
+    def past(self, boundary: int) -> list[int] | str:
+        """Returns a sequence that goes PAST positions beyond a boundary, or why there is none."""
+        length = min(boundary + PAST, self.model.architecture.context_length)
+        if length > self.longest:
+            return f"it takes {length} tokens; the reference runs at most {self.longest} at once"
+        sequence = next(chunks(self.ids, self.leading, length, 1), None)
+        have = len(self.leading) + len(self.ids)
+        return f"it takes {length} tokens; the text has {have}" if sequence is None else sequence
+
+    def kl_limit(self, check: str) -> Limit:
+        """Returns the limit on the mean KL, nats, of a check of the quality: the user's, or that of the types."""
+        asked = self.limits.asked(check)
+        return Limit(default_bound(self.file.tensors.values()).kl, ORIGIN) if asked is None else asked
 
     @property
     def threads(self) -> int:
@@ -91,7 +135,8 @@ class Case:
 
     @property
     def too_short(self) -> str:
-        return f"the text has {len(self.ids)} tokens; a chunk has at least {SHORTEST_CHUNK}"
+        told = f"the text has {len(self.ids)} tokens and the context {self.model.architecture.context_length}"
+        return f"{told}; a chunk of {self.chunk} is too short, it has at least {SHORTEST_CHUNK}"
 
     def no_memory_for(self, weight_bytes: int) -> str | None:
         """Why a float32 reference of that size cannot be loaded, or None."""
@@ -124,3 +169,14 @@ def chunks(ids: Sequence[int], leading: Sequence[int], length: int, count: int) 
     body = length - len(leading)
     for number in range(min(count, len(ids) // body)):
         yield [*leading, *ids[number * body : (number + 1) * body]]
+
+
+def boundaries(a: Architecture) -> dict[str, int]:
+    """Returns what lies within the context and must be passed to be seen: name of the boundary -> its position.
+
+    window: from it on, a sliding layer forgets. context: the original one, past which the rope's scaling was added.
+    """
+    windows = a.sliding_window if "sliding" in a.layer_kinds else None
+    original = None if a.rope is None or a.rope.kind == "default" else a.rope.original_context
+    found = {"window": windows, "context": original}
+    return {name: at for name, at in found.items() if at is not None and at < a.context_length}

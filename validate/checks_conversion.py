@@ -8,20 +8,25 @@ count, activation or multiplier, two tensors exchanged, rows that the exporter f
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmx.errors import IntegrityError
 from llmx.exporters.artifact import disk_error
 from llmx.exporters.gguf_tensors import restore
 from llmx.validate import twin
-from llmx.validate.case import Case, chunks
+from llmx.validate.case import Case, boundaries
+from llmx.validate.checks_floor import ODD_BATCH, Recorded, compared, floor_check, limit_check, resolvable
+from llmx.validate.gate import Limit
 from llmx.validate.metrics import Comparison, Divergence
 from llmx.validate.oracle import Reference
 from llmx.validate.report import Check, at_most, not_run
+from llmx.validate.runtimes import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,8 @@ EXACT = Floor(1e-6, 1e-3, "float32 rounding; measured on llama.cpp: KL 2e-12 to 
 GELU_TABLE = Floor(1e-5, 2e-2, "ggml looks GELU up in a float16 table; measured: KL 1e-8 to 6e-8, logits 3e-3")
 FLOORS = {"silu": EXACT, "gelu": GELU_TABLE, "gelu_tanh": GELU_TABLE}
 NAMES = ("conversion.kl", "conversion.logits", "conversion.decode")
-PAST_WINDOW = 64  # positions judged past a sliding window
+POSITIONS, DECODED, SPREAD = 256, 64, 64  # more do not show more: a wrong number of the metadata moves all of them
+WHERE = {"window": "past the sliding window of", "context": "past the original context of"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,17 @@ class Twins:
 
 
 def check_conversion(case: Case) -> Iterator[Check]:
-    """Yields conversion.kl, .logits, .decode; .gelu_table where the runtime has one; .window for a sliding window."""
+    """Yields conversion.kl, .logits, .decode; .gelu_table where the runtime has one; floor.exact and its limit.
+
+    And .window and .context for what lies past a sliding window and past the original context.
+    """
+    for check in _checks(case):
+        judged = case.limits.judged(check)
+        is_kl = judged.unit == "nats" and judged.limit is not None and judged.kind == "conversion"
+        yield resolvable(judged, case.noise.exact) if is_kl and judged.passed is not None else judged
+
+
+def _checks(case: Case) -> Iterator[Check]:
     plan = _plan(case)
     if isinstance(plan, str):
         yield from (not_run(name, plan) for name in NAMES)
@@ -123,9 +139,7 @@ class _Trial:
         """Compares the judged positions. cached: they are fed one at a time; table: see Reference.gelu_table."""
         found, context = Comparison(), len(sequences[0])
         with (
-            self.case.runtime.open(
-                self.twins.artifact, threads=self.case.threads, context=context, exact=True
-            ) as session,
+            self.open(context) as session,
             self.reference.gelu_table() if table else contextlib.nullcontext(),
         ):
             for tokens in sequences:
@@ -133,14 +147,30 @@ class _Trial:
                 found.add_streams(tokens, self.reference.logits(tokens), artifact, judged)
         return found.summary()
 
+    def open(self, context: int, **options: Any) -> Session:
+        """Returns a session of the artifact's twin with exact kernels."""
+        usual = {"threads": self.case.threads, "context": context, "exact": True}
+        return self.case.runtime.open(self.twins.artifact, **{**usual, **options})
+
+    def spread(self, tokens: list[int]) -> float:
+        """Returns the mean KL, nats, between the twin run as usual and run with other threads and odd batches."""
+        options = {"threads": 2 if self.case.threads == 1 else 1, "batch": ODD_BATCH}
+        with self.open(len(tokens)) as session, self.open(len(tokens), **options) as other:
+            first = Recorded(self.case.scratch / "exact.f32", session.logits(tokens))
+            try:
+                return compared(tokens, first, other.logits(tokens), range(len(tokens))).summary().kl_mean
+            finally:
+                first.remove()
+
 
 def _judge(case: Case, twins: Twins, reference: Reference) -> Iterator[Check]:
-    sequences = list(chunks(case.ids, case.leading, case.chunk, -(-case.settings.positions // case.chunk)))
+    sequences = list(case.sequences(min(POSITIONS, case.settings.positions), case.chunk))
     if not sequences:
         yield from (not_run(name, case.too_short) for name in NAMES)
         return
     trial, whole = _Trial(case, twins, reference), range(len(sequences[0]))
     floor = FLOORS[case.model.architecture.activation]
+    yield from _spread(trial, sequences[0][:SPREAD], floor)
     found = trial.run(sequences, whole)
     detail = f"{found.positions} positions, KL(transformers f32 ‖ runtime, f32 KV, exact kernels){twins.note}"
     yield at_most("conversion.kl", found.kl_mean, floor.kl, "nats", floor.origin, detail=detail)
@@ -149,24 +179,29 @@ def _judge(case: Case, twins: Twins, reference: Reference) -> Iterator[Check]:
         found = trial.run(sequences[:1], whole, table=True)
         detail = f"{found.positions} positions against transformers with such a table: the cause; the rest is rounding"
         yield at_most("conversion.gelu_table", found.kl_mean, EXACT.kl, "nats", EXACT.origin, detail=detail)
-    found = trial.run(sequences[:1], whole[len(whole) // 2 :], cached=True)
+    found = trial.run(sequences[:1], whole[max(1, len(whole) - DECODED) :], cached=True)
     detail = f"{found.positions} positions fed one at a time through the KV cache{twins.note}"
     yield at_most("conversion.decode", found.kl_mean, floor.kl, "nats", floor.origin, detail=detail)
-    yield from _window(trial, floor)
+    for name, boundary in boundaries(case.model.architecture).items():
+        yield _past(trial, floor, name, boundary)
 
 
-def _window(trial: _Trial, floor: Floor) -> Iterator[Check]:
-    """Past the sliding window, where a wrong window shows."""
-    case, a = trial.case, trial.case.model.architecture
-    window = a.sliding_window
-    if window is None or window >= a.context_length or "sliding" not in a.layer_kinds:
-        return
-    length = min(window + PAST_WINDOW, a.context_length)
-    sequence = next(chunks(case.ids, case.leading, length, 1), None)
-    if length > case.settings.window_tokens or sequence is None:
-        reason = "the text has fewer" if sequence is None else f"at most {case.settings.window_tokens} are run"
-        yield not_run("conversion.window", f"it takes {length} tokens; {reason}", required=False)
-        return
-    found = trial.run([sequence], range(window, length))
-    detail = f"{found.positions} positions past the sliding window of {window}{trial.twins.note}"
-    yield at_most("conversion.window", found.kl_mean, floor.kl, "nats", floor.origin, detail=detail)
+def _spread(trial: _Trial, tokens: list[int], floor: Floor) -> Iterator[Check]:
+    """Yields floor.exact, and whether the limit on the conversion's KL lies above it."""
+    case, kl = trial.case, trial.spread(tokens)
+    detail = f"mean KL(runtime ‖ runtime) of the float32 twin, {len(tokens)} positions, other threads and batches"
+    yield floor_check("floor.exact", kl, detail)
+    case.noise.exact = kl
+    limit = case.limits.asked("conversion.kl") or Limit(floor.kl, floor.origin)
+    if math.isfinite(kl):
+        yield limit_check("floor.exact_limit", kl, limit, "floor.exact")
+
+
+def _past(trial: _Trial, floor: Floor, name: str, boundary: int) -> Check:
+    """Past a boundary, where a window that is one too long, or a scaling that is missing, shows."""
+    sequence = trial.case.past(boundary)
+    if isinstance(sequence, str):
+        return not_run(f"conversion.{name}", sequence, required=False)
+    found = trial.run([sequence], range(boundary, len(sequence)))
+    detail = f"{found.positions} positions {WHERE[name]} {boundary}{trial.twins.note}"
+    return at_most(f"conversion.{name}", found.kl_mean, floor.kl, "nats", floor.origin, detail=detail)

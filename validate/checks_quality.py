@@ -2,113 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from math import prod
 
-from llmx.formats.gguf import GgufTensor
-from llmx.validate.case import Case, chunks
+from llmx.errors import ResourceError
+from llmx.validate.case import Case, boundaries
+from llmx.validate.checks_floor import resolvable
+from llmx.validate.gate import JUDGED_POSITIONS, KL_CHECKS, ORIGIN, default_bound
 from llmx.validate.metrics import Comparison, Divergence
 from llmx.validate.oracle import Reference
 from llmx.validate.report import Check, at_least, at_most, not_run, reported
+from llmx.validate.runtimes import Session, Speed
 
-KL_LIMITS: Mapping[str, float] = {
-    # type -> mean KL, nats, that a sound model may lose with all its matrices in that type
-    "F32": 1e-4,
-    "F16": 5e-4,
-    "BF16": 2e-3,
-    "Q8_0": 0.01,
-    "Q6_K": 0.02,
-    "Q5_K": 0.05,
-    "Q5_0": 0.07,
-    "Q5_1": 0.07,
-    "Q4_K": 0.15,
-    "Q4_0": 0.2,
-    "Q4_1": 0.2,
-    "IQ4_NL": 0.2,
-    "IQ4_XS": 0.2,
-    "Q3_K": 0.5,
-    "Q2_K": 1.5,
-}
-COARSEST = 1.5  # for a type that is not in the table
-KL_ORIGIN = "each type's limit, weighted by the weights in it"
-ASKED = "asked for"
 NAMES = ("quality.kl", "quality.decode")
+WHERE = {"window": "past the sliding window of", "context": "past the original context of"}
 SPEED_PREFILL, SPEED_DECODE = 256, 32
 
 
-def default_kl_limit(tensors: Iterable[GgufTensor]) -> float:
-    """Returns the largest mean KL, nats, that a sound file of these tensors may have.
-
-    The KL of small independent errors adds up, so each type counts by its share of the matrices' weights.
-    """
-    sizes = [(prod(tensor.shape), tensor.type_name) for tensor in tensors if len(tensor.shape) > 1]
-    return sum(size * KL_LIMITS.get(name, COARSEST) for size, name in sizes) / sum(size for size, _ in sizes)
-
-
 def check_quality(case: Case) -> Iterator[Check]:
-    """Yields quality.kl and what goes with it, over the second half of each chunk (as llama.cpp's perplexity does)."""
+    """Yields quality.positions, .kl and what goes with it, .decode; .window and .context where there are such."""
+    for check in _checks(case):
+        judged = case.limits.judged(check)
+        decided = judged.passed is not None and judged.name in KL_CHECKS
+        yield resolvable(judged, case.noise.usual) if decided else judged
+
+
+def _checks(case: Case) -> Iterator[Check]:
     weights = 4 * sum(prod(spec.shape) for spec in case.model.architecture.tensors)
     if (reason := case.no_memory_for(weights)) is not None:
-        yield from (not_run(name, reason) for name in NAMES)
+        yield from (not_run(name, reason, code=ResourceError.exit_code) for name in NAMES)
         return
-    length = case.chunk
-    judged = length - 1 - length // 2
-    sequences = list(chunks(case.ids, case.leading, length, -(-case.settings.positions // judged)))
-    if not sequences:
+    sequence = next(case.sequences(1, 1), None)
+    if sequence is None or not case.judged:
         yield from (not_run(name, case.too_short) for name in NAMES)
         return
-    prefill, decode = Comparison(), Comparison()
-    with (
-        closing(Reference(case.model.checkpoint.folder, case.threads)) as reference,
-        case.runtime.open(case.artifact, threads=case.threads, context=length) as session,
-    ):
-        second_half = range(length // 2, length - 1)
-        for tokens in sequences:
-            prefill.add_streams(tokens, reference.logits(tokens), session.logits(tokens), second_half)
-        tokens = sequences[0]
-        decode.add_streams(tokens, reference.logits(tokens), session.logits(tokens, second_half.start), second_half)
-    yield from _figures(case, prefill.summary(), decode.summary())
+    with closing(Reference(case.model.checkpoint.folder, case.threads)) as reference:
+        with case.runtime.open(case.artifact, threads=case.threads, context=len(sequence)) as session:
+            trial = _Trial(case, reference, session)
+            prefill, decode = trial.prefill(), trial.decode(sequence)
+        _note(case, prefill, decode)
+        yield from _figures(case, prefill.summary(), decode.summary())
+        for name, boundary in boundaries(case.model.architecture).items():
+            yield _past(case, reference, name, boundary)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Compares the artifact in its session with the reference."""
+
+    case: Case
+    reference: Reference
+    session: Session
+
+    def prefill(self) -> Comparison:
+        """The second half of every chunk, run at once."""
+        found, case = Comparison(), self.case
+        for tokens in case.sequences(case.settings.positions, len(case.judged)):
+            found.add_streams(tokens, self.reference.logits(tokens), self.session.logits(tokens), case.judged)
+        return found
+
+    def decode(self, tokens: list[int]) -> Comparison:
+        """The second half of one chunk, one token at a time through the key-value cache."""
+        found, judged = Comparison(), self.case.judged
+        found.add_streams(tokens, self.reference.logits(tokens), self.session.logits(tokens, judged.start), judged)
+        return found
+
+
+def _note(case: Case, prefill: Comparison, decode: Comparison) -> None:
+    """Leaves the curves and the whole of both summaries for the report."""
+    case.findings.note("kl_by_position", prefill.curve())
+    case.findings.note("kl_quantiles", prefill.quantiles())
+    case.findings.note("quality", {"prefill": asdict(prefill.summary()), "decode": asdict(decode.summary())})
 
 
 def _figures(case: Case, found: Divergence, cached: Divergence) -> Iterator[Check]:
-    limits = case.limits
-    kl_limit = default_kl_limit(case.file.tensors.values()) if limits.max_kl is None else limits.max_kl
-    origin = KL_ORIGIN if limits.max_kl is None else ASKED
     short = "" if found.positions >= case.settings.positions else "; the text is too short for more"
     where = f"{found.positions} positions, second halves of chunks of {case.chunk}{short}"
-    detail = f"mean KL(transformers f32 ‖ artifact), {where}"
-    yield at_most("quality.kl", found.kl_mean, kl_limit, "nats", origin, detail=detail)
+    least = case.settings.least_positions
+    origin = "something must have been compared" if least == 1 else "asked for"
+    yield at_least("quality.positions", found.positions, least, "positions", origin, detail=where)
+    yield _kl(case, "quality.kl", found, f"mean KL(transformers f32 ‖ artifact), {where}")
     yield reported("quality.kl_median", found.kl_median, "nats")
     yield reported("quality.kl_999", found.kl_999, "nats", "99.9 % quantile")
-    yield _limited(reported("quality.same_top1", found.same_top1, "share", where), limits.min_top1, at_least)
+    bound = default_bound(case.file.tensors.values())
     ratio = f"± {found.perplexity_ratio_error:.2g}; {found.perplexity_artifact:.5g} / {found.perplexity_reference:.5g}"
-    figure = reported("quality.ppl_ratio", found.perplexity_ratio, "ratio", ratio)
-    yield _limited(figure, limits.max_ppl_ratio, at_most)
+    if found.positions >= JUDGED_POSITIONS:
+        yield at_least("quality.same_top1", found.same_top1, bound.top1, "share", ORIGIN, detail=where)
+        yield at_most("quality.ppl_ratio", found.perplexity_ratio, bound.ppl_ratio, "ratio", ORIGIN, detail=ratio)
+    else:
+        yield reported("quality.same_top1", found.same_top1, "share", where)
+        yield reported("quality.ppl_ratio", found.perplexity_ratio, "ratio", ratio)
     yield reported("quality.rms_delta_p", found.rms_delta_p, "probability", "of the true next token")
-    detail = f"{cached.positions} positions fed one at a time through the KV cache"
-    yield at_most("quality.decode", cached.kl_mean, kl_limit, "nats", origin, detail=detail)
+    yield _kl(case, "quality.decode", cached, f"{cached.positions} positions fed one at a time through the KV cache")
 
 
-def _limited(check: Check, limit: float | None, judge: Callable[..., Check]) -> Check:
-    """The figure judged by what the user asked for, or as it is."""
-    if limit is None:
-        return check
-    assert isinstance(check.value, float)
-    return judge(check.name, check.value, limit, check.unit, ASKED, detail=check.detail)
+def _kl(case: Case, name: str, found: Divergence, detail: str) -> Check:
+    limit = case.kl_limit(name)
+    return at_most(name, found.kl_mean, limit.value, "nats", limit.origin, detail=detail)
+
+
+def _past(case: Case, reference: Reference, name: str, boundary: int) -> Check:
+    """The positions past a boundary, of a sequence of its own."""
+    sequence = case.past(boundary)
+    if isinstance(sequence, str):
+        return not_run(f"quality.{name}", sequence, required=False)
+    found, judged = Comparison(), range(boundary, len(sequence))
+    with case.runtime.open(case.artifact, threads=case.threads, context=len(sequence)) as session:
+        found.add_streams(sequence, reference.logits(sequence), session.logits(sequence), judged)
+    detail = f"mean KL, {found.positions} positions {WHERE[name]} {boundary}"
+    return _kl(case, f"quality.{name}", found.summary(), detail)
 
 
 def check_speed(case: Case) -> Iterator[Check]:
-    """Yields tokens a second, time to first token, load time and peak memory of the runtime's process."""
-    prefill = min(SPEED_PREFILL, case.model.architecture.context_length - SPEED_DECODE)
-    context = prefill + SPEED_DECODE
-    threads = case.settings.threads
+    """Yields tokens a second, time to first token, load time and peak memory of the runtime's process, of one run."""
+    context = min(SPEED_PREFILL + SPEED_DECODE, case.model.architecture.context_length)
+    decode = min(SPEED_DECODE, context // 2)
+    prefill, threads = context - decode, case.settings.threads
+    if decode < 1:
+        yield not_run("speed.decode", f"a context of {context} has no room for a prompt and an answer")
+        return
     with case.runtime.open(case.artifact, threads=threads, context=context) as session:
-        speed = session.speed(prefill, SPEED_DECODE)
-    how = f"{threads} threads, {prefill} tokens in, {SPEED_DECODE} out"
-    least = case.limits.min_tokens_per_second
-    yield reported("speed.prefill", speed.prefill_tokens_per_second, "tokens/s", how)
-    yield _limited(reported("speed.decode", speed.decode_tokens_per_second, "tokens/s", how), least, at_least)
-    yield reported("speed.first_token", speed.time_to_first_token_seconds, "s", how)
+        speed = session.speed(prefill, decode)
+    told = {**asdict(speed), "threads": threads, "prefill_tokens": prefill, "decode_tokens": decode}
+    case.findings.note("speed", told)
+    how = f"{threads} threads, {prefill} tokens in, {decode} out"
+    yield from (case.limits.judged(replace(check, detail=how)) for check in _speeds(speed))
+
+
+def _speeds(speed: Speed) -> Iterator[Check]:
+    yield reported("speed.prefill", speed.prefill_tokens_per_second, "tokens/s")
+    yield reported("speed.decode", speed.decode_tokens_per_second, "tokens/s")
+    yield reported("speed.first_token", speed.time_to_first_token_seconds, "s")
     yield reported("speed.load", speed.load_seconds, "s")
     yield reported("speed.peak_rss", speed.peak_rss_bytes, "bytes")

@@ -1,17 +1,27 @@
 """How far two sets of logits lie apart, in llama.cpp's own vocabulary (its `perplexity --kl-divergence`).
 
 Everything is in natural units (nats) and computed in float64 from float32 logits. Direction: KL(reference ‖ artifact).
-Logits arrive in blocks of positions and are reduced at once; what stays is four numbers a position.
+Logits arrive in blocks of positions and are reduced at once; what stays is one packed row of numbers a position, so
+that means and quantiles are exact and a million positions take 25 MB.
+
+    row | kl f64 | log p(next) f64 | log q(next) f64 | same most likely token u8 |      25 bytes
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from llmx.errors import CheckFailed
+
 WORKING_BYTES = 32 << 20  # the float64 copies of one slice of logits stay under this
+ROW = np.dtype([("kl", "f8"), ("log_p", "f8"), ("log_q", "f8"), ("same", "?")])
+FIRST_ROWS = 256
+CURVE_POINTS = 512  # of a curve over the positions
+QUANTILES = ("0.5", "0.9", "0.99", "0.999", "1")  # 1 is the maximum
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +63,34 @@ def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
 
 
 class Comparison:
-    """Gathers per-position figures from blocks of logits."""
+    """Gathers one row of figures a position from blocks of logits; no logits are kept."""
 
     def __init__(self) -> None:
-        self._kl: list[np.ndarray] = []
-        self._same: list[np.ndarray] = []
-        self._log_p: list[np.ndarray] = []  # of the true next token, by the reference; NaN where there is none
-        self._log_q: list[np.ndarray] = []
+        self._rows = np.empty(FIRST_ROWS, ROW)
+        self._count = 0
         self._largest = 0.0
 
     @property
     def positions(self) -> int:
-        return sum(len(part) for part in self._kl)
+        return self._count
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept, in bytes: 25 to 50 a position, as the room doubles when it is full."""
+        return self._rows.nbytes
 
     def add(self, reference: np.ndarray, artifact: np.ndarray, targets: np.ndarray | None = None) -> None:
-        """Compares f32[t, V] with f32[t, V]; targets: i64[t], the token that really follows, -1 where none does."""
-        if reference.shape != artifact.shape:
+        """Compares f32[t, V] with f32[t, W]; targets: i64[t], the token that really follows, -1 where none does.
+
+        The first min(V, W) tokens are compared. What the reference has beyond them are padding rows that the artifact
+        left out, as if they did not exist. What the artifact has beyond them it can generate: their probability is
+        lost, and a padding row that wins is another most likely token.
+        """
+        if len(reference) != len(artifact):
             raise ValueError(f"logits of shape {reference.shape} against {artifact.shape}")
         if targets is None:
             targets = np.full(len(reference), -1)
-        rows = max(1, WORKING_BYTES // (8 * reference.shape[1] * 4))
+        rows = max(1, WORKING_BYTES // (8 * max(reference.shape[1], artifact.shape[1]) * 4))
         for start in range(0, len(reference), rows):
             part = slice(start, start + rows)
             self._add_slice(reference[part], artifact[part], np.asarray(targets[part]))
@@ -82,51 +100,83 @@ class Comparison:
     ) -> None:
         """Compares two streams of f32[t, V] blocks over the `judged` positions of tokens, each against what follows it.
 
-        Where one vocabulary is wider (padding rows left out), the common part is compared.
+        Raises: CheckFailed where the streams do not cover the judged positions: fewer would read as all of them.
         """
         following = np.array([*tokens[1:], -1])
+        before = self._count
         for start, expected, found in aligned(reference, artifact):
             first, last = max(judged.start - start, 0), min(judged.stop - start, len(expected))
-            if first >= last:
-                continue
-            width = min(expected.shape[1], found.shape[1])
-            targets = following[start + first : start + last]
-            self.add(expected[first:last, :width], found[first:last, :width], np.where(targets < width, targets, -1))
+            if first < last:
+                self.add(expected[first:last], found[first:last], following[start + first : start + last])
+        if self._count - before != len(judged):
+            raise CheckFailed(f"logits came for {self._count - before} of {len(judged)} positions that are judged")
 
     def _add_slice(self, reference: np.ndarray, artifact: np.ndarray, targets: np.ndarray) -> None:
-        log_p, log_q = log_softmax(reference), log_softmax(artifact)
-        self._kl.append(kl_divergence(log_p, log_q))
-        self._same.append(reference.argmax(axis=-1) == artifact.argmax(axis=-1))
-        rows = np.arange(len(targets))
-        for log_probability, store in ((log_p, self._log_p), (log_q, self._log_q)):
-            store.append(np.where(targets >= 0, log_probability[rows, targets], np.nan))
-        difference = float(np.abs(reference.astype(np.float64) - artifact).max(initial=0.0))
+        width = min(reference.shape[1], artifact.shape[1])
+        common = reference[:, :width]
+        log_p, log_q = log_softmax(common), log_softmax(artifact)[:, :width]
+        targets = np.where(targets < width, targets, -1)
+        number, known = np.arange(len(targets)), targets >= 0
+        rows = self._room(len(targets))
+        rows["kl"] = kl_divergence(log_p, log_q)
+        rows["same"] = common.argmax(axis=-1) == artifact.argmax(axis=-1)
+        rows["log_p"] = np.where(known, log_p[number, targets], np.nan)
+        rows["log_q"] = np.where(known, log_q[number, targets], np.nan)
+        difference = float(np.abs(common.astype(np.float64) - artifact[:, :width]).max(initial=0.0))
         self._largest = max(self._largest, np.inf if np.isnan(difference) else difference)
+
+    def _room(self, count: int) -> np.ndarray:
+        """The next `count` rows, to be filled."""
+        have, self._count = self._count, self._count + count
+        if self._count > len(self._rows):
+            grown = np.empty(max(self._count, 2 * len(self._rows)), ROW)
+            grown[:have] = self._rows[:have]
+            self._rows = grown
+        return self._rows[have : self._count]
+
+    def _kl(self) -> np.ndarray:
+        """f64[positions]. A NaN divergence means broken logits: it counts as infinite, so that no mean hides it."""
+        if self._count == 0:
+            raise ValueError("no position was compared")
+        kl = self._rows["kl"][: self._count]
+        return np.where(np.isnan(kl), np.inf, kl)
 
     def summary(self) -> Divergence:
         """Returns the figures of all positions so far. Raises ValueError when there are none."""
-        if self.positions == 0:
-            raise ValueError("no position was compared")
-        kl = np.concatenate(self._kl)
-        # A NaN divergence means broken logits: it counts as infinite, so that no mean or quantile can hide it.
-        kl = np.where(np.isnan(kl), np.inf, kl)
-        log_p, log_q = np.concatenate(self._log_p), np.concatenate(self._log_q)
-        known = ~np.isnan(log_p)
-        ratio, error = perplexity_ratio(log_p[known], log_q[known])
+        kl, rows = self._kl(), self._rows[: self._count]
+        known = ~np.isnan(rows["log_p"])
+        log_p, log_q = rows["log_p"][known], rows["log_q"][known]
+        ratio, error = perplexity_ratio(log_p, log_q)
         return Divergence(
             positions=len(kl),
             kl_mean=float(kl.mean()),
             kl_median=float(np.quantile(kl, 0.5, method="higher")),
             kl_999=float(np.quantile(kl, 0.999, method="higher")),
             kl_max=float(kl.max()),
-            same_top1=float(np.concatenate(self._same).mean()),
-            perplexity_reference=_perplexity(log_p[known]),
-            perplexity_artifact=_perplexity(log_q[known]),
+            same_top1=float(rows["same"].mean()),
+            perplexity_reference=_perplexity(log_p),
+            perplexity_artifact=_perplexity(log_q),
             perplexity_ratio=ratio,
             perplexity_ratio_error=error,
-            rms_delta_p=_rms(np.exp(log_q[known]) - np.exp(log_p[known])),
+            rms_delta_p=_rms(np.exp(log_q) - np.exp(log_p)),
             max_logit_difference=self._largest,
         )
+
+    def quantiles(self) -> dict[str, float]:
+        """Returns share of the positions -> KL, nats, that they do not exceed; exact. Raises ValueError for none."""
+        kl = self._kl()
+        return {share: float(np.quantile(kl, float(share), method="higher")) for share in QUANTILES}
+
+    def curve(self) -> list[dict[str, float | int]]:
+        """Returns at most CURVE_POINTS of {"position", "kl"}: the mean KL, nats, from that judged position to the next.
+
+        Raises: ValueError when nothing was compared.
+        """
+        kl = self._kl()
+        edges = np.linspace(0, len(kl), min(CURVE_POINTS, len(kl)) + 1).astype(int)
+        return [
+            {"position": int(first), "kl": float(kl[first:last].mean())} for first, last in itertools.pairwise(edges)
+        ]
 
 
 def perplexity_ratio(log_p: np.ndarray, log_q: np.ndarray) -> tuple[float, float]:
@@ -155,7 +205,7 @@ def aligned(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yields (first position, f32[t, V], f32[t, V]) from two streams of blocks whose sizes need not agree.
 
-    Raises: ValueError when one stream ends before the other.
+    Raises: CheckFailed when one stream ends before the other.
     """
     left, right = iter(reference), iter(artifact)
     start = 0
@@ -167,4 +217,4 @@ def aligned(
         a = a[count:] if count < len(a) else next(left, None)
         b = b[count:] if count < len(b) else next(right, None)
     if a is not None or b is not None:
-        raise ValueError(f"one side gave logits for {start} positions only")
+        raise CheckFailed(f"one side gave logits for {start} positions only")

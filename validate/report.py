@@ -18,7 +18,10 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
+from llmx.errors import CheckFailed
+
 SCHEMA = "llmx.report/1"  # raise the number when a key changes its meaning or goes away
+EXIT_CODES = (4, 7, 5, 2)  # of a report that has not passed: a check, the runtime, memory or disk, a refused limit
 SCHEMA_FILE = "schemas/report-1.json"  # every key, with its meaning and unit
 
 
@@ -29,6 +32,7 @@ class Check:
     name: "kind.what". limit: the value must not pass it; None for a figure that is only reported.
     origin: where the limit comes from. detail: a short explanation; it names the offenders.
     required: the whole report cannot pass while this check has not run. applicable: there is something to check.
+    code: what the process exits with where this check keeps the report from passing.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Check:
     detail: str = ""
     required: bool = True
     applicable: bool = True
+    code: int = CheckFailed.exit_code
 
     @property
     def kind(self) -> str:
@@ -52,9 +57,9 @@ class Check:
         return "passed" if self.passed else "FAILED"
 
 
-def not_run(name: str, reason: str, *, required: bool = True) -> Check:
+def not_run(name: str, reason: str, *, required: bool = True, code: int = CheckFailed.exit_code) -> Check:
     """Returns a check that could not run; the report cannot pass when it was required."""
-    return Check(name, None, detail=reason, required=required)
+    return Check(name, None, detail=reason, required=required, code=code)
 
 
 def not_applicable(name: str, reason: str) -> Check:
@@ -100,7 +105,18 @@ class Report:
     @property
     def passed(self) -> bool:
         """True when something ran, nothing failed and no required check was left out."""
-        return bool(self.checks) and not self.failed and not self.missing
+        return any(check.passed for check in self.checks) and not self.failed and not self.missing
+
+    @property
+    def exit_code(self) -> int:
+        """0 when it passed; otherwise what kept it from passing, the first of EXIT_CODES that there is.
+
+        What failed goes before what could not run: an artifact that is broken is broken without a runtime, too.
+        """
+        if self.passed:
+            return 0
+        codes = {check.code for check in self.failed or self.missing}
+        return next((code for code in EXIT_CODES if code in codes), CheckFailed.exit_code)
 
     def to_dict(self) -> dict[str, object]:
         """Returns the report as plain JSON values, in schema `SCHEMA`; NaN and infinity as strings."""

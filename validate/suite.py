@@ -16,8 +16,12 @@ from llmx.validate.blame import check_blame
 from llmx.validate.case import Case, Limits, Settings
 from llmx.validate.checks_bytes import check_bytes
 from llmx.validate.checks_conversion import check_conversion
+from llmx.validate.checks_floor import NAMES as FLOOR_NAMES
+from llmx.validate.checks_floor import check_floor
+from llmx.validate.checks_quality import NAMES as QUALITY_NAMES
 from llmx.validate.checks_quality import check_quality, check_speed
 from llmx.validate.checks_tokens import check_template, check_tokens
+from llmx.validate.gate import resolved
 from llmx.validate.oracle import Tokens
 from llmx.validate.report import Check, Report, not_run
 from llmx.validate.runtimes import Runtime, find_runtime
@@ -65,8 +69,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(("bytes.tensors", "bytes.error"), check_bytes, needs_runtime=False),
     Stage(TEXT_NAMES, check_text),
     Stage(("conversion.kl", "conversion.logits", "conversion.decode"), check_conversion),
-    # The noise floor of the runtime (its spread over threads, batches and cache types) has its place here.
-    Stage(("quality.kl", "quality.decode"), check_quality),
+    Stage(FLOOR_NAMES, check_floor),
+    Stage(QUALITY_NAMES, check_quality),
     Stage(("speed.decode",), check_speed),
 )
 BLAME = Stage((BLAME_NAME,), check_blame, needs_runtime=False, required=False)
@@ -108,20 +112,35 @@ def validate(
             settings=settings or Settings(),
             scratch=Path(scratch),
         )
+        _require_text(case)
         checks = tuple(_run(case, progress))
+        checks += tuple(case.limits.unused(check.name for check in checks))
     # Two builds of llama.cpp differ by KL 0.03 on some k-quants, so the exact one is recorded.
     build = next((check.detail for check in checks if check.name == LOADS and check.passed), None)
-    return Report(checks, _facts(case, build, text is None), case.findings.found)
+    facts = {**_facts(case, build, text is None), "gate": resolved(case.limits, checks)}
+    return Report(checks, facts, case.findings.found)
+
+
+def _require_text(case: Case) -> None:
+    """Raises: UsageError when the text gives fewer positions than were asked for; it is never read twice."""
+    wanted, each = case.settings.least_positions, len(case.judged)
+    have = each * sum(1 for _ in case.sequences(wanted, each))
+    if wanted > 1 and have < wanted:
+        raise UsageError(
+            f"the text has {len(case.ids)} tokens, which gives {have} positions; {wanted} were asked for",
+            fix="give a longer --text, or ask for fewer --positions",
+        )
 
 
 def _run(case: Case, progress: Callable[[str], None]) -> Iterator[Check]:
     reason = case.runtime.unavailable()
     missing = None if reason is None else f"{case.runtime.name} is missing: {reason}"
+    code = CheckFailed.exit_code if reason is None else RuntimeMissing.exit_code
     failed: set[str] = set()
     for stage in STAGES:
         progress(stage.kind)
         if stage.needs_runtime and missing is not None:
-            yield from (not_run(name, missing) for name in stage.names)
+            yield from (not_run(name, missing, code=code) for name in stage.names)
             continue
         for check in _guarded(stage, case):
             if check.name == LOADS and not check.passed:
@@ -140,13 +159,16 @@ def _guarded(stage: Stage, case: Case) -> Iterator[Check]:
     try:
         for check in stage.run(case):
             done.add(check.name)
-            yield check
+            yield case.limits.judged(check)
+        left = (name for name in stage.names if name not in done)
+        yield from (not_run(name, "the stage left it out", required=stage.required) for name in left)
     except (CheckFailed, IntegrityError) as error:
         yield Check(f"{stage.kind}.runs", False, origin="the runtime's own words", detail=_one_line(error))
         yield from (not_run(name, "see above") for name in stage.names if name not in done)
     except (ResourceError, RuntimeMissing) as error:
         reason = _one_line(error)
-        yield from (not_run(name, reason, required=stage.required) for name in stage.names if name not in done)
+        left = (name for name in stage.names if name not in done)
+        yield from (not_run(name, reason, required=stage.required, code=error.exit_code) for name in left)
 
 
 def _one_line(error: LlmxError) -> str:

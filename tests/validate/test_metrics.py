@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import astuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from llmx.errors import CheckFailed
 from llmx.validate import metrics
 from llmx.validate.metrics import Comparison, aligned, kl_divergence, log_softmax, perplexity_ratio
 
@@ -131,9 +133,9 @@ def test_a_summary_of_nothing_is_refused():
         Comparison().summary()
 
 
-def test_logits_of_different_shapes_are_refused():
+def test_logits_of_different_positions_are_refused():
     with pytest.raises(ValueError, match="shape"):
-        Comparison().add(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32))
+        Comparison().add(np.zeros((2, 3), np.float32), np.zeros((3, 3), np.float32))
 
 
 @settings(max_examples=60, deadline=None)
@@ -172,7 +174,7 @@ def test_neither_the_cut_into_blocks_nor_the_working_memory_changes_a_figure(lef
 
 def test_a_stream_that_ends_early_is_refused():
     block = np.zeros((3, 2), np.float32)
-    with pytest.raises(ValueError, match="3 positions only"):
+    with pytest.raises(CheckFailed, match="3 positions only"):
         list(aligned([block], [block, block]))
 
 
@@ -196,3 +198,61 @@ def test_a_narrower_vocabulary_is_compared_on_the_common_part():
     streamed = Comparison()
     streamed.add_streams([0, 5, 1], [p], [p[:, :4]], range(3))
     assert streamed.summary().kl_max == 0.0
+
+
+def test_two_streams_that_both_end_early_are_refused_because_fewer_would_read_as_all():
+    block = np.zeros((3, 4), np.float32)
+    with pytest.raises(CheckFailed, match="2 of 4 positions"):
+        Comparison().add_streams([0, 1, 2, 3, 0], [block], [block], range(1, 5))
+
+
+def test_a_padding_row_that_the_reference_does_not_have_costs_what_it_takes():
+    p = random_logits(16, 3, 4)
+    padded = np.concatenate([p, np.full((3, 1), -np.inf, np.float32)], axis=1)
+    assert compared(p, padded).kl_max < 1e-12
+    padded[:, 4] = p.max(axis=1) + 5
+    found = compared(p, padded)
+    assert found.kl_mean > 1
+    assert found.same_top1 == 0.0
+
+
+def test_the_quantiles_are_exact_and_end_with_the_maximum():
+    logits = random_logits(17, 1000, 5)
+    comparison = Comparison()
+    comparison.add(logits, random_logits(18, 1000, 5))
+    kl = np.sort(kl_divergence(log_softmax(logits), log_softmax(random_logits(18, 1000, 5))))
+    found = comparison.quantiles()
+    assert list(found) == ["0.5", "0.9", "0.99", "0.999", "1"]
+    assert found["1"] == kl[-1] == comparison.summary().kl_max
+    assert found["0.9"] == kl[900] and found["0.5"] == kl[500]
+
+
+@pytest.mark.parametrize("positions", [1, 7, 512, 513, 5000])
+def test_the_curve_has_at_most_512_points_and_its_mean_is_the_mean(positions):
+    comparison = Comparison()
+    comparison.add(random_logits(19, positions, 5), random_logits(20, positions, 5))
+    curve = comparison.curve()
+    assert len(curve) == min(positions, 512)
+    starts = [int(point["position"]) for point in curve]
+    assert starts[0] == 0 and starts == sorted(set(starts))
+    widths = np.diff([*starts, positions])
+    assert np.average([point["kl"] for point in curve], weights=widths) == pytest.approx(comparison.summary().kl_mean)
+
+
+def test_what_is_kept_is_a_few_bytes_a_position_however_wide_the_logits_are():
+    """Ten times as many positions: the peak grows by their rows alone, not by logits (4 kB a position here)."""
+    logits, other = random_logits(21, 200, 1000), random_logits(22, 200, 1000)
+
+    def peak(blocks: int) -> int:
+        tracemalloc.start()
+        comparison = Comparison()
+        for _ in range(blocks):
+            comparison.add(logits, other)
+        assert comparison.positions == 200 * blocks
+        assert comparison.nbytes <= 50 * comparison.positions
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest
+
+    small, large = peak(4), peak(40)
+    assert large - small < 80 * 200 * 36

@@ -75,7 +75,7 @@ def test_the_report_of_a_sound_artifact_has_passed_and_says_what_was_compared(ar
     settings = Settings(positions=128, chunk=64)
     report = validate(artifact, reference, runtime=llama_cpp, settings=settings, progress=seen.append)
     assert report.passed, report.to_json()
-    assert seen == ["bytes", "tokens", "conversion", "quality", "speed"]
+    assert seen == ["bytes", "tokens", "conversion", "floor", "quality", "speed"]
     told = json.loads(report.to_json())
     assert told["artifact"]["name"] == artifact.name
     assert told["artifact"]["bytes"] == artifact.stat().st_size
@@ -481,7 +481,7 @@ def test_a_vocabulary_cut_without_its_embedding_is_refused_by_the_runtime_and_no
     report = validate(bad, reference, runtime=llama_cpp)
     assert not report.passed
     assert failed(report.checks) == {"runtime.loads"}
-    assert {check.kind for check in report.missing} == {"tokens", "template", "conversion", "quality", "speed"}
+    assert {check.kind for check in report.missing} == {"tokens", "template", "conversion", "floor", "quality", "speed"}
 
 
 # Chat template.
@@ -569,7 +569,7 @@ class Absent:
     def unavailable(self) -> str | None:
         return "no package has it"
 
-    def open(self, artifact: Path, *, threads: int, context: int, exact: bool = False) -> Any:
+    def open(self, artifact: Path, **options: Any) -> Any:
         raise AssertionError("must not be opened")
 
 
@@ -580,5 +580,5 @@ def test_a_missing_runtime_leaves_not_run_in_the_report_which_has_not_passed(art
     assert not report.passed
     assert report.failed == ()
     assert {check.kind for check in report.checks if check.passed} == {"bytes"}
-    assert {check.kind for check in report.missing} == {"tokens", "template", "conversion", "quality", "speed"}
+    assert {check.kind for check in report.missing} == {"tokens", "template", "conversion", "floor", "quality", "speed"}
     assert all("no package has it" in check.detail for check in report.missing)

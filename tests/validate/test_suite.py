@@ -15,7 +15,8 @@ from llmx.models.tokenizer import open_tokenizer
 from llmx.validate.case import SHORTEST_CHUNK, Settings, chunks
 from llmx.validate.checks_bytes import check_bytes, named
 from llmx.validate.checks_conversion import check_conversion
-from llmx.validate.checks_quality import KL_LIMITS, check_quality, default_kl_limit
+from llmx.validate.checks_quality import check_quality
+from llmx.validate.gate import COARSEST, DEFAULTS, default_bound
 from llmx.validate.oracle import Tokens
 from llmx.validate.sample_text import SAMPLE_TEXT
 from llmx.validate.suite import validate
@@ -40,17 +41,20 @@ def test_the_sample_text_is_long_enough_for_a_large_vocabulary_and_has_many_scri
 
 
 def test_every_type_has_both_limits():
-    assert set(RMS_LIMITS) == set(KL_LIMITS)
+    assert set(RMS_LIMITS) == set(DEFAULTS["gguf"])
 
 
-def test_the_kl_limit_follows_the_mix_of_types():
+def test_the_default_limits_follow_the_mix_of_types():
     def tensor(type_name: str, *shape: int) -> GgufTensor:
         return GgufTensor("t", type_name, shape, 0, 0)
 
-    assert default_kl_limit([tensor("Q4_K", 8, 256)]) == KL_LIMITS["Q4_K"]
-    mixed = default_kl_limit([tensor("Q4_K", 8, 256), tensor("Q6_K", 8, 256), tensor("F32", 256)])
-    assert mixed == pytest.approx((KL_LIMITS["Q4_K"] + KL_LIMITS["Q6_K"]) / 2)
-    assert default_kl_limit([tensor("IQ1_S", 8, 256)]) >= KL_LIMITS["Q2_K"]
+    table = DEFAULTS["gguf"]
+    assert default_bound([tensor("Q4_K", 8, 256)]) == table["Q4_K"]
+    mixed = default_bound([tensor("Q4_K", 8, 256), tensor("Q6_K", 8, 256), tensor("F32", 256)])
+    for figure in ("kl", "top1", "ppl_ratio"):
+        mean = (getattr(table["Q4_K"], figure) + getattr(table["Q6_K"], figure)) / 2
+        assert getattr(mixed, figure) == pytest.approx(mean)
+    assert default_bound([tensor("IQ1_S", 8, 256)]) == COARSEST
 
 
 def test_an_empty_text_is_refused(artifacts):

@@ -104,10 +104,13 @@ class Runtime(Protocol):
         """Return why it cannot run on this machine, or None. Cheap: nothing is loaded."""
         ...
 
-    def open(self, artifact: Path, *, threads: int, context: int, exact: bool = False) -> Session:
+    def open(
+        self, artifact: Path, *, threads: int, context: int, exact: bool = False, batch: int | None = None
+    ) -> Session:
         """Return a session for sequences of up to context tokens.
 
         exact: a float32 key-value cache and plain attention, so that a wrong conversion is not hidden in rounding.
+        batch: how many positions are run at once at most; None takes what the runtime usually does.
         Raises RuntimeMissing, IntegrityError (the runtime refuses the file).
         """
         ...

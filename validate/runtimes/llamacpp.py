@@ -40,10 +40,13 @@ class LlamaCpp:
         """Return why llama.cpp cannot run here, each package with its reason, or None."""
         return why_unavailable() if self._wanted is None else self._wanted.unavailable()
 
-    def open(self, artifact: Path, *, threads: int, context: int, exact: bool = False) -> LlamaCppSession:
+    def open(
+        self, artifact: Path, *, threads: int, context: int, exact: bool = False, batch: int | None = None
+    ) -> LlamaCppSession:
         """Load a GGUF file (the first one of a split set) and return the session.
 
         exact: float32 key-value cache, flash attention off. A float32 file then agrees with transformers to 5e-5.
+        batch: positions run at once at most, 128 where it is None.
         Raises RuntimeMissing; UsageError; IntegrityError with llama.cpp's own words, also where it aborts.
         """
         backend = self._wanted or available_backend()
@@ -56,7 +59,9 @@ class LlamaCpp:
             raise UsageError("there is no such file", where=artifact)
         if threads < 1 or context < 1:
             raise UsageError(f"threads = {threads} and context = {context} must both be at least 1")
-        options = {"threads": threads, "context": context, "exact": exact}
+        if batch is not None and batch < 1:
+            raise UsageError(f"batch = {batch} must be at least 1")
+        options = {"threads": threads, "context": context, "exact": exact, "batch": batch}
         return LlamaCppSession(backend, artifact, self._answer_seconds, options)
 
 

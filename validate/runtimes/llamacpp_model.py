@@ -31,16 +31,16 @@ class LoadedModel:
     """One model and its context; `log` is where llama.cpp's warnings and errors are collected."""
 
     def __init__(
-        self, library: Library, log: deque[str], artifact: Path, *, threads: int, context: int, exact: bool
+        self, library: Library, log: deque[str], artifact: Path, *, threads: int, context: int, batch: int, exact: bool
     ) -> None:
         """Load artifact. Raises IntegrityError with llama.cpp's words; ResourceError where the context is too large."""
         begin = time.perf_counter()
         self._library, self._log = library, log
-        self._length, self._threads = context, threads
+        self._length, self._threads, self._batch = context, threads, batch
         self._model = self._load(artifact)
         self._vocab = library.api.llama_model_get_vocab(self._model)
         self.width: int = library.api.llama_vocab_n_tokens(self._vocab)
-        self._settings = self._context_settings(context, BLOCK) | (EXACT if exact else {})
+        self._settings = self._context_settings(context, batch) | (EXACT if exact else {})
         self._context: int | None = self._new_context(self._settings)
         self.load_seconds = time.perf_counter() - begin
 
@@ -112,9 +112,9 @@ class LoadedModel:
         if count < 1:
             return []
         context = self._empty_context()
-        ids = [self._greedy_after(context, tokens, 0, BLOCK)]
+        ids = [self._greedy_after(context, tokens, 0, self._batch)]
         while len(ids) < count and not self._ends(ids[-1]):
-            ids.append(self._greedy_after(context, ids[-1:], len(tokens) + len(ids) - 1, BLOCK))
+            ids.append(self._greedy_after(context, ids[-1:], len(tokens) + len(ids) - 1, self._batch))
         return ids
 
     def speed(self, prefill: int, decode: int) -> dict[str, Any]:
@@ -193,8 +193,8 @@ class LoadedModel:
 
     def _blocks(self, tokens: Sequence[int], split: int) -> Iterator[np.ndarray]:
         context = self._empty_context()
-        for start in range(0, split, BLOCK):
-            part = tokens[start : min(start + BLOCK, split)]
+        for start in range(0, split, self._batch):
+            part = tokens[start : min(start + self._batch, split)]
             self._decode(context, part, start, every=True)
             yield self._rows(context, len(part))
         for start in range(split, len(tokens), BLOCK):

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmx.errors import UsageError
 from llmx.validate.runtimes.llamacpp_library import BACKENDS, Library, LogCallback
-from llmx.validate.runtimes.llamacpp_model import LoadedModel
+from llmx.validate.runtimes.llamacpp_model import BLOCK, LoadedModel
 from llmx.validate.runtimes.worker_loop import Answer, answer_frames
 
 # ggml's log levels: a warning, an error, and the rest of the line begun before.
@@ -44,13 +44,16 @@ class Worker:
             "speed": self.speed,
         }
 
-    def open(self, backend: str, artifact: str, threads: int, context: int, exact: bool) -> Answer:
+    def open(
+        self, *, backend: str, artifact: str, threads: int, context: int, exact: bool, batch: int | None
+    ) -> Answer:
         """Load the model and say what it is."""
         library = BACKENDS[backend].load()
         log: deque[str] = deque(maxlen=KEPT_LINES)
         self._callback = _collect(library, log)
         library.api.llama_backend_init()
-        model = LoadedModel(library, log, Path(artifact), threads=threads, context=context, exact=exact)
+        sizes = {"threads": threads, "context": context, "batch": batch or BLOCK}
+        model = LoadedModel(library, log, Path(artifact), exact=exact, **sizes)
         self._loaded = model
         return {"build": model.build, "vocab": model.width, "has_template": model.has_template}, None
 
