@@ -88,6 +88,13 @@ class Session(Protocol):
         """Return up to count greedy ids after tokens; an end-of-generation id ends it and is then the last one."""
         ...
 
+    def extend(self, tokens: Sequence[int], keep: int = 0) -> np.ndarray:
+        """Return f32[V]: the logits after tokens, put behind the first keep positions of the last extended sequence.
+
+        So a conversation goes on a token at a time. Raises CheckFailed where the runtime cannot go back to keep.
+        """
+        ...
+
     def speed(self, prefill: int, decode: int) -> Speed:
         """Return the speed of a prompt of prefill tokens and of decode more, with the runtime's usual settings."""
         ...

@@ -136,6 +136,17 @@ class LlamaCppSession:
         self._sequence += 1
         return self._ask("generate", tokens=[int(token) for token in tokens], count=count)["ids"]
 
+    def extend(self, tokens: Sequence[int], keep: int = 0) -> np.ndarray:
+        """Return f32[V], the logits after the first keep positions of the last extended sequence and tokens.
+
+        Raises CheckFailed where the cache of a sliding window has no way back to position keep.
+        """
+        self._sequence += 1
+        asked = {"tokens": [int(token) for token in tokens], "keep": keep}
+        _, block = self._worker.ask("extend", where=self._artifact, **asked)
+        assert block is not None, "the answer to extend has a block"
+        return block[0]
+
     def speed(self, prefill: int, decode: int) -> Speed:
         """Return the speed with llama.cpp's usual settings (float16 cache, batches of 512), whatever `exact` says.
 

@@ -42,6 +42,7 @@ class LoadedModel:
         self.width: int = library.api.llama_vocab_n_tokens(self._vocab)
         self._settings = self._context_settings(context, batch) | (EXACT if exact else {})
         self._context: int | None = self._new_context(self._settings)
+        self._extended = 0  # positions in the cache that `extend` may go on from
         self.load_seconds = time.perf_counter() - begin
 
     @property
@@ -117,6 +118,19 @@ class LoadedModel:
             ids.append(self._greedy_after(context, ids[-1:], len(tokens) + len(ids) - 1, self._batch))
         return ids
 
+    def extend(self, tokens: Sequence[int], keep: int) -> np.ndarray:
+        """Return f32[1, V], the logits after the first keep positions of the last extended sequence and tokens."""
+        self._check_ids(tokens)
+        self._check_room(keep + len(tokens))
+        if not tokens or not 0 <= keep <= self._extended:
+            raise UsageError(f"{len(tokens)} tokens cannot follow position {keep} of {self._extended}")
+        context = self._kept_context(keep) if keep else self._empty_context()
+        self._extended = 0
+        for offset in range(0, len(tokens), self._batch):
+            self._decode(context, tokens[offset : offset + self._batch], keep + offset, every=False)
+        self._extended = keep + len(tokens)
+        return self._rows(context, 1).copy()
+
     def speed(self, prefill: int, decode: int) -> dict[str, Any]:
         """Return Speed's fields, measured in a context with llama.cpp's usual settings, after a warm-up."""
         if prefill < 1 or decode < 1:
@@ -178,15 +192,25 @@ class LoadedModel:
         return context
 
     def _empty_context(self) -> int:
+        self._extended = 0
         if self._context is None:
             self._context = self._new_context(self._settings)
         self._clear(self._context)
+        return self._context
+
+    def _kept_context(self, keep: int) -> int:
+        assert self._context is not None, "an extended sequence stands in it"
+        memory = self._library.api.llama_get_memory(self._context)
+        # A cache of a sliding window may have forgotten what must be taken up again.
+        if not self._library.api.llama_memory_seq_rm(memory, 0, keep, -1):
+            raise CheckFailed("the runtime cannot go back to an earlier position", fix="extend from position 0")
         return self._context
 
     def _clear(self, context: int) -> None:
         self._library.api.llama_memory_clear(self._library.api.llama_get_memory(context), True)
 
     def _drop_context(self) -> None:
+        self._extended = 0
         if self._context is not None:
             self._library.api.llama_free(self._context)
             self._context = None

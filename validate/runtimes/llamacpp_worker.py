@@ -41,6 +41,7 @@ class Worker:
             "logits": self.logits,
             "next block": lambda: ({}, next(self._blocks, None)),
             "generate": self.generate,
+            "extend": self.extend,
             "speed": self.speed,
         }
 
@@ -66,6 +67,11 @@ class Worker:
         """Continue a sequence; one that was being fetched is over."""
         self._blocks = iter(())
         return {"ids": self._model().generate(tokens, count)}, None
+
+    def extend(self, tokens: list[int], keep: int) -> Answer:
+        """Go on with a sequence by tokens; one that was being fetched is over."""
+        self._blocks = iter(())
+        return {}, self._model().extend(tokens, keep)
 
     def speed(self, prefill: int, decode: int) -> Answer:
         """Measure; a sequence that was being fetched is over."""
