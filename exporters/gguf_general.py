@@ -42,9 +42,7 @@ def identify(model: Model, file_type_id: int) -> Identity:
     from gguf.metadata import Metadata
     from gguf.utility import size_label
 
-    source = model.checkpoint.source
-    # A hub id names the model; its local snapshot's folder is called after a commit.
-    name = source.id if source.revision is not None else model.checkpoint.folder.resolve().name
+    name = model.checkpoint.source.name
     total, shared, per_expert = _parameters(model.architecture)
     found, notes = _model_card(model, total)
     full, organization, base, finetune, version, size = Metadata.get_model_id_components(name, total)

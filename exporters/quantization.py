@@ -91,6 +91,7 @@ class Wishes:
     statistics: Path | None = None
     device: str = "auto"
     importance: bool = False  # an importance matrix is given
+    calibrate: bool | None = None  # what an earlier export did, whatever `auto` would decide here
 
 
 def chosen_recipe(wishes: Wishes, type_name: str | None) -> Recipe:
@@ -232,9 +233,9 @@ def _why_not(
     wishes: Wishes, resolved: Mapping[str, Resolved], base: str, work: float, device: str, threads: int
 ) -> str | None:
     """Why nothing is calibrated; "" where nobody would have expected it, None where it is."""
-    if wishes.importance:
+    if wishes.importance or wishes.calibrate is False:
         return ""
-    if wishes.calibration is not None or _wanting(resolved):
+    if wishes.calibration is not None or wishes.calibrate or _wanting(resolved):
         return None
     smallest = min(bits_of(name) for name in (base, *(got.type.upper() for got in resolved.values() if got.type)))
     if smallest >= FLOAT_BITS or _rounds(resolved):

@@ -6,25 +6,33 @@ import math
 from pathlib import Path
 from typing import Any
 
+from llmx.chatting import Chat, ChatRequest
+from llmx.differing import diff
 from llmx.errors import UsageError
 from llmx.exporting import ExportRequest, ExportResult, export, plan
 from llmx.measuring import CalibrateRequest, CalibrateResult, calibrate
 from llmx.validating import available_cores, exit_code, limits, validate
+from llmx.verifying import sign, verify
 
 __all__ = [
     "CalibrateRequest",
     "CalibrateResult",
+    "Chat",
+    "ChatRequest",
     "ExportRequest",
     "ExportResult",
     "available_cores",
     "calibrate",
+    "diff",
     "doctor",
     "exit_code",
     "export",
     "inspect",
     "limits",
     "plan",
+    "sign",
     "validate",
+    "verify",
 ]
 
 LIBRARIES = ("xllamacpp", "llama-cpp-python", "torch", "transformers", "tokenizers", "numba", "numpy", "gguf")

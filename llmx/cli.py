@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from llmx import options
+from llmx import commands_artifact, options
 from llmx.errors import LlmxError
 
 
@@ -26,9 +26,12 @@ def commands() -> None:
 
 
 @commands.command(short_help="Quantize, write, rerun on the target runtime, report.")
-@click.argument("model")
+@click.argument("model", required=False, default="")
 @options.what
 @options.how
+@click.option(
+    "--from-manifest", type=options.FILE, metavar="FILE", help="Make the bytes of this manifest again, from MODEL."
+)
 @click.option("-o", "--output", type=options.ANY, default=Path(), show_default=".", help="A folder, or a .gguf file.")
 @options.threads
 @click.option("--validate/--no-validate", default=True, show_default=True, help="Rerun the artifact on its runtime.")
@@ -45,6 +48,7 @@ def export(output: Path, validate: bool, force: bool, as_json: bool, **chosen: A
       llmx export ./model --type Q4_K_M --imatrix imatrix.gguf --tensor-type 'attn_v=Q8_0'
       llmx export ./model --bits 4 --method gptq --calibration my.txt --effort best
       llmx export ./model --target-bpw 4.2 --calibration chats.jsonl
+      llmx export ./model --from-manifest model-Q4_K_M.manifest.json -o again/
     """
     from llmx import api, describe
 
@@ -150,6 +154,10 @@ def doctor(as_json: bool) -> None:
 
     found = api.doctor()
     options.answer(as_json, found, lambda: describe.doctor(found))
+
+
+for command in commands_artifact.COMMANDS:
+    commands.add_command(command)
 
 
 def _request(

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmx import rebuilding
 from llmx.errors import CheckFailed, LlmxError, ResourceError, RuntimeMissing, UsageError
 from llmx.validating import REPORT_NAME, available_cores, check_threads, require_runtime, validate, write_report
 
 if TYPE_CHECKING:
     from llmx.exporters.gguf import GgufExport
+    from llmx.exporters.manifest_reader import Manifest
     from llmx.exporters.quantization import Quantization
     from llmx.exporters.solving import Solved
     from llmx.models.model import Model
@@ -29,7 +31,8 @@ FORMATS = ("gguf",)
 class ExportRequest:
     """Everything `llmx export` can be told. `output` is a folder, or a file for one-file formats.
 
-    method, effort: None takes the recipe's, or auto and balanced.
+    method, effort: None takes the recipe's, or auto and balanced. from_manifest: a manifest that says all that shapes
+    the bytes; model may then be empty where the manifest names a hub id.
     """
 
     model: str
@@ -56,17 +59,19 @@ class ExportRequest:
     text: Path | None = None
     limits: Limits | None = None
     positions: int | None = None
+    from_manifest: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What an export made. `artifact` is the file to load; `report` the JSON beside it, None without validation."""
+    """What an export made. `artifact` is the file to load, `manifest` and `report_path` the JSON files beside it."""
 
     artifact: Path
     nbytes: int
     files: tuple[dict[str, Any], ...]
     seconds: float
     peak_rss_bytes: int
+    manifest: Path
     report_path: Path
     plan: dict[str, Any] = field(repr=False)
     validation: Report | None = None
@@ -80,6 +85,7 @@ class ExportResult:
             "files": list(self.files),
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": self.peak_rss_bytes,
+            "manifest": str(self.manifest),
             "report": str(self.report_path),
             "type": self.plan["type"],
             "bits_per_weight": self.plan["bits_per_weight"],
@@ -115,9 +121,11 @@ def export(request: ExportRequest) -> ExportResult:
     Raises: CheckFailed when the artifact does not pass, and what the steps raise.
     """
     from llmx.exporters import artifact, gguf
+    from llmx.exporters.manifest import SourceHashes, as_text, manifest_path
 
     started = time.monotonic()
-    prepared = _prepare(request)
+    request, manifest = rebuilding.as_it_was(request)
+    prepared = _prepare(request, manifest)
     exporter, model = prepared.exporter, prepared.model
     targets = _targets(request.output, exporter)
     artifact.check_targets(targets, model.checkpoint.files, request.force)
@@ -126,8 +134,12 @@ def export(request: ExportRequest) -> ExportResult:
         _require_memory(exporter)
     artifact.make_folder(targets[0].parent)
     artifact.check_room(targets[0].parent, exporter.plan.nbytes * (2 if prepared.quantization.calibrated else 1))
-    gguf.check_weights(exporter)
-    with artifact.partial_files(targets) as partial:
+    with SourceHashes(model.checkpoint) as source:
+        gguf.check_weights(exporter)
+        source_files = source.result()
+    if manifest is not None:
+        rebuilding.check_source(source_files, manifest)
+    with artifact.partial_files([*targets, manifest_path(targets[0])]) as (*partial, kept):
         digests, solved = _written(prepared, partial)
         model.checkpoint.check_unchanged()
         seconds, peak = time.monotonic() - started, _peak_rss_bytes()
@@ -137,6 +149,9 @@ def export(request: ExportRequest) -> ExportResult:
         )
         told = _told(prepared, solved)
         facts = _export_facts(prepared, told, files, digests, seconds, peak)
+        proof = rebuilding.manifest_of(prepared, source_files, files, digests)
+        if manifest is not None:
+            rebuilding.check_rebuilt(proof, manifest)
         report = None
         if request.validate:
             report = validate(
@@ -148,13 +163,15 @@ def export(request: ExportRequest) -> ExportResult:
                 threads=request.threads,
                 facts=facts,
             )
-        report_path = _publish(partial, targets, report, facts)
+        kept.write_text(as_text({**proof, "runtime": rebuilding.runtime_of(report)}), encoding="utf-8")
+        report_path = _publish([*partial, kept], targets, report, facts)
     return ExportResult(
         artifact=targets[0],
         nbytes=sum(file["bytes"] for file in files),
         files=files,
         seconds=seconds,
         peak_rss_bytes=peak,
+        manifest=manifest_path(targets[0]),
         report_path=report_path,
         plan=told,
         validation=report,
@@ -183,16 +200,18 @@ def _written(prepared: Prepared, partial: list[Path]) -> tuple[tuple[str, ...], 
 def _publish(partial: list[Path], targets: list[Path], report: Report | None, facts: dict[str, object]) -> Path:
     """Move the files to their final names, write the report and its page beside them, return the report's path.
 
+    partial: those of targets, and last the manifest, which only an artifact that passed gets.
     Raises: CheckFailed, or what the report's exit code stands for, when it did not pass; the files then have the names
     of failed ones.
     """
     from llmx.exporters import artifact
+    from llmx.exporters.manifest import manifest_path
     from llmx.validate.report import unproven
 
     passed = report is None or report.passed
     names = targets if passed else [target.with_name(target.name + artifact.FAILED) for target in targets]
     report_path = _report_path(targets[0])
-    artifact.publish(partial, names)
+    artifact.publish(partial[: None if passed else -1], [*names, *[manifest_path(targets[0])] * passed])
     write_report(report_path, unproven(facts) if report is None else report.to_dict())
     if report is not None and not passed:
         raise _failure(report, names[0], report_path)
@@ -201,11 +220,11 @@ def _publish(partial: list[Path], targets: list[Path], report: Report | None, fa
 
 def plan(request: ExportRequest) -> Prepared:
     """What `export` would do: every tensor's type, the exact sizes, the fall-backs. Only a budget reads weights."""
-    return _prepare(request)
+    return _prepare(*rebuilding.as_it_was(request))
 
 
-def _prepare(request: ExportRequest) -> Prepared:
-    """The opened model, its plan, and how it will be quantized."""
+def _prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
+    """The opened model, its plan, and how it will be quantized: as asked, or as it was when the manifest was made."""
     from llmx.exporters import gguf, gguf_types, quantization
     from llmx.formats.gguf import parse_size
     from llmx.formats.imatrix import read_imatrix
@@ -229,13 +248,16 @@ def _prepare(request: ExportRequest) -> Prepared:
         statistics=request.statistics,
         device=request.device,
         importance=request.imatrix is not None,
+        calibrate=None if manifest is None else manifest.told["calibration"] is not None,
     )
-    recipe = quantization.chosen_recipe(wishes, named)
+    recipe = quantization.chosen_recipe(wishes, named) if manifest is None else rebuilding.recipe_of(manifest)
     chosen = quantization.file_type_of(recipe)
     overrides = gguf_types.parse_overrides(request.tensor_types)
     importance = None if request.imatrix is None else read_imatrix(request.imatrix)
     split = None if request.split_max_size is None else parse_size(request.split_max_size)
     model = open_model(request.model, request.revision)
+    if manifest is not None:
+        rebuilding.call_it_as_before(model, manifest)
     decided = quantization.quantization(model, wishes, recipe, chosen.base, threads)
     types = {name: got.type.upper() for name, got in decided.resolved.items() if got.type is not None}
     options = gguf.GgufOptions(

@@ -25,10 +25,14 @@ _SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSource:
-    """What the user named: a folder or a hub id, and the hub's revision (None for a folder)."""
+    """What the user named: a folder or a hub id, and the hub's revision (None for a folder).
+
+    name: what the model is called after: the hub id, or the folder's own name.
+    """
 
     id: str
     revision: str | None
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +100,12 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     if str(model) and path.is_dir():
         if revision is not None:
             raise UsageError("--revision names a hub revision; MODEL is a local folder.", where=path)
-        folder, source = path, CheckpointSource(str(model), None)
+        folder, source = path, CheckpointSource(str(model), None, path.resolve().name)
     elif path.is_file():
         raise UsageError("MODEL is a file; give the folder that holds config.json.", where=path)
     elif isinstance(model, str) and _HUB_ID.fullmatch(model):
         folder = _download(model, revision)
-        source = CheckpointSource(model, folder.name)  # the snapshot is named by its commit
+        source = CheckpointSource(model, folder.name, model)  # the snapshot is named by its commit
     else:
         raise UsageError("MODEL is neither a folder nor a hub id such as owner/name.", where=model)
     _refuse_other_kinds(folder)

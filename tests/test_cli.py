@@ -408,8 +408,8 @@ def test_every_command_has_help_with_an_example_and_stands_in_the_readme(here: C
         assert f"llmx {name}" in readme, name
 
 
-def test_every_option_has_help_and_is_run_by_a_test_of_this_file() -> None:
-    source = Path(__file__).read_text()
+def test_every_option_has_help_and_is_run_by_a_test_of_the_command_line() -> None:
+    source = "".join(path.read_text() for path in (Path(__file__), ROOT / "tests" / "test_artifact_commands.py"))
     for name, command in commands.commands.items():
         for option in command.params:
             if not isinstance(option, click.Option):
