@@ -5,7 +5,8 @@
     stream      the relative error of the residual stream, layer by layer
     metadata    where every tensor is sound                        hyperparameters.py
 
-Nothing here needs a runtime or digests, so that files of other tools are told apart as well.
+Nothing here needs a runtime, or the digests that our own files carry: files of other tools are told apart as well.
+Where there are digests, a tensor that was changed after the export is named by them, however little it was changed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from llmx.exporters.gguf_metadata import SCALED, SOLVER_KEY
 from llmx.exporters.gguf_tensors import Entry
 from llmx.models.model import Model
 from llmx.validate.case import Case
+from llmx.validate.checks_bytes import changed_tensors
 from llmx.validate.evidence import Evidence, gather
 from llmx.validate.hyperparameters import differences
 from llmx.validate.report import Check, reported
@@ -94,7 +96,7 @@ def find_blame(case: Case) -> Blame:
     outputs = {} if streams is None else dict(_outputs(model, evidence, streams))
     solved = SOLVER_KEY in case.file.metadata
     found = suspects(evidence, outputs, solved)
-    found = _identified(case, model, evidence, found)
+    found = _changed(_identified(case, model, evidence, found), changed_tensors(case.file))
     layers, embedding = ((), 0.0) if streams is None else (streams.layers, streams.embedding)
     return replace(_verdict(case, found, layers, [e.name for e in whole if e not in there]), embedding=embedding)
 
@@ -129,6 +131,17 @@ def _identified(case: Case, model: Model, evidence: Sequence[Evidence], found: l
         for one in found[:IDENTIFIED]
     ]
     return [*told, *found[IDENTIFIED:]]
+
+
+def _changed(found: list[Suspect], names: Sequence[str]) -> list[Suspect]:
+    """The suspects, those first whose bytes are not those that the file was written with: nothing is surer."""
+
+    def told(one: Suspect) -> Suspect:
+        more = f"; {one.reason}" if one.score > 1 else ""
+        return replace(one, score=float("inf"), reason=f"its bytes were changed after the file was written{more}")
+
+    first = [told(one) for one in found if one.tensor in names]
+    return [*first, *(one for one in found if one.tensor not in names)]
 
 
 def _verdict(case: Case, found: list[Suspect], layers: tuple[float, ...], absent: Sequence[str]) -> Blame:

@@ -259,9 +259,18 @@ def _digests(file: GgufFile) -> Check:
     if len(stored) != len(file.tensors):
         detail = f"{len(stored)} digests for {len(file.tensors)} tensors"
         return Check("bytes.digests", False, len(stored), len(file.tensors), "digests", origin, detail)
-    changed = [name for name, digest in zip(file.tensors, stored, strict=True) if tensor_digest(file, name) != digest]
+    changed = changed_tensors(file)
     detail = named(changed) or f"{len(stored)} tensors"
     return at_most("bytes.digests", len(changed), 0, "tensors", origin, detail=detail)
+
+
+def changed_tensors(file: GgufFile) -> list[str]:
+    """Returns the tensors whose bytes are not those that the file was written with; none where it does not say."""
+    stored = file.metadata.get(DIGESTS_KEY)
+    rewritten = file.metadata.get(WRITTEN_TYPE_KEY) != file.metadata.get("general.file_type")
+    if rewritten or not isinstance(stored, list) or len(stored) != len(file.tensors):
+        return []
+    return [name for name, digest in zip(file.tensors, stored, strict=True) if tensor_digest(file, name) != digest]
 
 
 def tensor_digest(file: GgufFile, name: str) -> int:

@@ -26,6 +26,7 @@ from llmx.quant.transforms import Folds, ScalePair, pairs
 
 SMALLEST, LARGEST = 1e-4, 1e4  # a scale beyond these was not searched but comes from a fault
 DISAGREEMENT = 0.1  # of the logarithm of a scale, beyond three times what the consumers' own differ by
+ALIKE = 0.5  # a cosine above it: of the same channels, however coarsely rounded
 FACTOR = 0.025  # of the logarithm: a factor of all channels that is not in the fit's noise
 ROWS = 512  # of a matrix compared at once
 
@@ -58,16 +59,18 @@ def _is_norm(model: Model, pair: ScalePair) -> bool:
 def _norm_scales(model: Model, restored: Model, pair: ScalePair, producers: Set[str]) -> Floats:
     """f32[channels]: what the gain says, or its consumers where they agree on something else."""
     told = _ratio(model, restored, f"{pair.producer}.weight", model.architecture.norm_offset)
-    if len(pair.consumers) == 1:
-        return told
     seen, apart = [], []
     for consumer in pair.consumers:
         matrix, rows = f"{consumer}.weight", None
         if consumer in producers:  # its rows have scales of their own: it cannot tell a factor of all channels
             rows = _usable(_fits(model, restored, matrix, columns=told)[0].gain)
         _, columns = _fits(model, restored, matrix, rows=rows)
+        if np.median(columns.likeness) < ALIKE:  # it is another matrix, and tells nothing
+            continue
         logarithms = np.log(_usable(columns.gain.reshape(-1, len(told)).mean(0)))
         (seen if rows is None else apart).append(logarithms)
+    if len(seen) + len(apart) < 2:
+        return told
     common = np.mean(seen, axis=0) if seen else np.log(told)
     seen += [logarithms - np.median(logarithms - common) for logarithms in apart]
     middle = np.median(seen, axis=0)
@@ -93,8 +96,10 @@ def _matrix_scales(model: Model, restored: Model, pair: ScalePair) -> Floats:
             of_rows[expert] -= factor
         elif abs(factor) > FACTOR:
             of_columns[expert] += factor
+    # Where both are like their sources and still tell two scales, a damage is along a row: so blocks are stored.
+    apart = (np.abs(of_rows - of_columns) > DISAGREEMENT) & (columns.likeness > ALIKE)
     likely = made.likeness.reshape(columns.likeness.shape) >= columns.likeness
-    found = np.where(likely, of_rows, of_columns)
+    found = np.where(likely & ~apart, of_rows, of_columns)
     if model.has(f"{pair.producer}.bias"):  # a float, divided by the same scale: it tells it exactly
         told = np.log(_ratio(model, restored, f"{pair.producer}.bias", 0.0))[None]
         found = np.where(np.abs(told - of_rows) < DISAGREEMENT, told, found)

@@ -141,6 +141,17 @@ def test_a_fault_of_every_layer_is_named_where_it_comes_first(artifacts, harmed)
     assert "more tensors like it" in found.reason
 
 
+def test_a_single_bit_that_flipped_after_the_export_is_named_by_its_digest(artifacts, case_of, rewrite, tmp_path):
+    artifact, reference = artifacts("tiny-qwen3", "Q4_K_M")
+    name = "blk.3.attn_k.weight"
+    data = read_gguf(artifact).bytes(name).copy()
+    data[777] ^= 1
+    found = find_blame(case_of(rewrite(artifact, tmp_path / "bad.gguf", tensors={name: data}, honest=False), reference))
+    assert found.tensor == name
+    assert "changed after the file was written" in found.reason
+    assert len([one for one in found.suspects if one.score > 1]) == 1
+
+
 def test_a_missing_tensor_is_named(artifacts, harmed):
     artifact, reference = artifacts("tiny-llama3rope", "Q8_0")
     found = find_blame(harmed(artifact, reference, tensors={"rope_freqs.weight": None}))

@@ -79,11 +79,22 @@ def test_with_an_error_what_is_left_is_that_error(model):
         ("layers.1.attention_norm.weight", lambda gain: gain * np.float32(1.5)),
         ("layers.1.ffn_norm.weight", lambda gain: np.where(np.arange(gain.size) < 9, gain * np.float32(3), gain)),
         ("layers.1.v.weight", lambda rows: np.where(np.arange(len(rows))[:, None] < 9, 0, rows)),
+        ("layers.1.v.weight", lambda rows: np.where(np.arange(len(rows))[:, None] == 9, 4 * rows, rows)),
         ("layers.1.o.weight", lambda rows: np.roll(rows, 7, axis=1)),
         ("layers.1.down.weight", lambda rows: np.roll(rows, 7, axis=0)),
         ("layers.1.up.weight", lambda rows: rows[::-1]),
+        ("layers.1.gate.weight", lambda rows: rows[::-1]),
     ],
-    ids=["gain", "part of a gain", "rows of v", "columns of o", "rows of down", "rows of up"],
+    ids=[
+        "gain",
+        "part of a gain",
+        "rows of v",
+        "a larger row of v",
+        "columns of o",
+        "rows of down",
+        "rows of up",
+        "rows of gate",
+    ],
 )
 def test_a_fault_stays_in_its_tensor(name, change, checkpoint_of):
     """The scale that its neighbours are judged by is taken from where it is not damaged."""
@@ -114,3 +125,13 @@ def test_a_factor_of_a_whole_tensor_stays_in_it(role, checkpoint_of):
     artifact = Noisy(Folds(centred).applied(model), 0.05, {name: lambda values: values * np.float32(1.1)})
     far = {key for key, distance in off(with_scales_of(model, artifact), artifact).items() if distance > 0.08}
     assert far == {name}
+
+
+def test_exchanged_consumers_do_not_spoil_the_scale_of_their_norm(checkpoint_of):
+    model = open_model(checkpoint_of("tiny-qwen3"))
+    artifact = scaled(model)
+    gate, up = (artifact.weight(f"layers.1.{role}.weight").read() for role in ("gate", "up"))
+    changes = {"layers.1.gate.weight": lambda _: up, "layers.1.up.weight": lambda _: gate}
+    bad = Noisy(artifact, 0.05, changes)
+    far = {key for key, distance in off(with_scales_of(model, bad), bad).items() if distance > 0.12}
+    assert far == set(changes)
