@@ -35,12 +35,12 @@ from llmx.models.architecture import Architecture
 from llmx.models.calibration_text import read_calibration, sequences
 from llmx.models.model import Model, Weight, open_model
 from llmx.models.ops_torch import TorchOps, gated
-from llmx.quant.awq import Awq, AwqOptions, clip_limits, clipped
+from llmx.quant.awq import Awq, AwqOptions, clip_limits
 from llmx.quant.calibrate import Calibration, walk
 from llmx.quant.grid import grid
 from llmx.quant.inputs import Batch, MatrixInputs, batches
 from llmx.quant.scale_search import ScaleSearch, rounded
-from llmx.quant.solve import Prepared, SolveOptions, solve
+from llmx.quant.solve import Prepared, SolveOptions, clipped, solve
 from llmx.quant.statistics import Inputs, Moments, Statistics, moments, statistics
 from llmx.quant.workers import Workers, workers
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmx.errors import UsageError
 from llmx.exporters.gguf import GgufExport, prepare
 from llmx.exporters.gguf_tensors import Entry
 from llmx.exporters.gguf_types import FILE_TYPES, FileType, fitting
@@ -52,9 +53,14 @@ def within_budget(
     """The export planned anew, with the types of least loss that fit.
 
     text: what losses are measured on, None for the built-in corpus. Tensors that an override names keep its type.
-    Raises: UsageError naming the smallest size there is where the budget is below it.
+    Raises: UsageError naming the smallest size there is where the budget is below it, or where nothing is left to
+    choose.
     """
     free = [entry for entry in export.entries if entry.quantizable and not _fixed(export, entry)]
+    if not free:
+        raise UsageError(
+            "a size is asked for, and rules or --tensor-type name the type of every tensor", fix="leave out one of them"
+        )
     found = sequences(
         text or read_calibration(None),
         model.checkpoint.folder,

@@ -21,7 +21,7 @@ from llmx.formats.ggml_decode import decode
 from llmx.formats.ggml_packers import BlockScales, pack
 from llmx.models.model import Model, Weight
 from llmx.progress import Progress, track
-from llmx.quant.awq import AwqOptions, search_awq
+from llmx.quant.awq import AwqOptions, clip_limits, search_awq
 from llmx.quant.calibrate import Calibration, loaded, walk
 from llmx.quant.grid import GRIDS, encode
 from llmx.quant.inputs import MatrixInputs
@@ -178,7 +178,10 @@ class MatrixSolver:
         count = weight.spec.shape[-2]
         first = count * (expert or 0)
         values = loaded(weight, self.workers, found.squares.device, first, count)
-        solution = solve(values, self._shared[1], GRIDS[type_name], options, self.workers)
+        limits = None
+        if self.assignments[weight.spec.name].scaled:
+            limits = clip_limits(weight.spec.role, values, found, GRIDS[type_name], AwqOptions(), self.workers)
+        solution = solve(values, self._shared[1], GRIDS[type_name], options, self.workers, limits=limits)
         rows = self._rows_of(weight, type_name)
         self._pack(type_name, solution, rows[first : first + count])
         self._done(weight, _line(weight, expert, type_name, solution, found.tokens, found.pooled))

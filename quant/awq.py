@@ -124,12 +124,6 @@ def clip_limits(
     return torch.from_numpy(np.concatenate(parts)).to(weight.device)
 
 
-def clipped(weight: Tensor, limits: Tensor) -> Tensor:
-    """f32[out, in]: the weights cut at their group's limit (f32[out, groups])."""
-    largest = limits.repeat_interleave(weight.shape[1] // limits.shape[1], 1)
-    return torch.minimum(torch.maximum(weight, -largest), largest)
-
-
 def _limits(rows: Floats, found: Statistics, grid: Grid, importance: Floats | None, effort: Effort) -> Floats:
     groups = rows.reshape(len(rows), -1, grid.size)
     largest = np.abs(groups).max(-1)

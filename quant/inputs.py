@@ -25,10 +25,14 @@ class Batch:
 
 
 def batches(sequences: Sequence[Sequence[int]], held_out_every: int, device: str = "cpu") -> tuple[Batch, ...]:
-    """The sequences in batches of about BATCH_TOKENS; every n-th sequence is held out (0: none)."""
+    """The sequences in batches of about BATCH_TOKENS; every n-th sequence is held out (0: none).
+
+    Of fewer than n, but more than one, the last is. With one sequence the judge sees what was fitted.
+    """
     size = max(1, BATCH_TOKENS // len(sequences[0]))
-    judged = [s for n, s in enumerate(sequences) if held_out_every and n % held_out_every == held_out_every - 1]
-    fitted = [s for n, s in enumerate(sequences) if not held_out_every or n % held_out_every != held_out_every - 1]
+    every = min(held_out_every, len(sequences)) if len(sequences) > 1 else 0
+    judged = [s for n, s in enumerate(sequences) if every and n % every == every - 1]
+    fitted = [s for n, s in enumerate(sequences) if not every or n % every != every - 1]
     return tuple(
         Batch(torch.tensor(part[start : start + size], device=device), held_out)
         for part, held_out in ((fitted, False), (judged, True))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -101,66 +102,130 @@ def loss(weight: Tensor, value: Tensor, moments: Moments, pull: Tensor | None) -
     return float(total)
 
 
-def target(weight: Tensor, prepared: Prepared, shares: tuple[float, ...]) -> tuple[Tensor, float, float]:
+def target(
+    weight: Tensor, prepared: Prepared, shares: tuple[float, ...], workers: Workers
+) -> tuple[Tensor, float, float]:
     """(W*, share, its held-out loss): the share of damping under which the unquantized target does best."""
-    found = prepared.statistics
-    pull, judged = found.fitted.pull(weight), found.held_out.pull(weight)
-    if pull is None:
+    found, here = prepared.statistics, workers.on(weight.device)
+    if found.fitted.drift is None and found.fitted.residual is None:
         return weight, PLAIN_SHARE, 0.0
-    best: tuple[Tensor, float, float] | None = None
-    for share in shares:
-        lower = prepared.cholesky(share)
-        if lower is None:
-            continue
-        moved = weight + torch.cholesky_solve(pull.T.double(), lower).T.float()
-        lost = loss(weight, moved, found.held_out, judged)
-        if best is None or lost < best[2]:
-            best = (moved, share, lost)
-    return best if best is not None else (weight, shares[-1], 0.0)
+    parts = _parts(weight)
+
+    def moved(part: slice, lower: Tensor) -> Tensor:
+        pull = found.fitted.pull(weight, part)
+        assert pull is not None, "there is something to repair"
+        return weight[part] + torch.cholesky_solve(pull.T.double(), lower).T.float()
+
+    def lost(part: slice, lower: Tensor) -> float:
+        return loss(weight[part], moved(part, lower), found.held_out, found.held_out.pull(weight, part))
+
+    usable = [(share, lower) for share in shares if (lower := prepared.cholesky(share)) is not None]
+    if not usable:
+        return weight, shares[-1], 0.0
+    losses = [sum(here.map(partial(lost, lower=lower), parts)) for _, lower in usable]
+    least = losses.index(min(losses))
+    share, lower = usable[least]
+    return torch.cat(here.map(partial(moved, lower=lower), parts)), share, losses[least]
 
 
-def solve(weight: Tensor, prepared: Prepared, grid: Grid, options: SolveOptions, workers: Workers) -> Solution:
-    """The best scales and codes for weight (f32[out, in]) among the methods of `options`."""
+def solve(
+    weight: Tensor,
+    prepared: Prepared,
+    grid: Grid,
+    options: SolveOptions,
+    workers: Workers,
+    *,
+    limits: Tensor | None = None,
+) -> Solution:
+    """The best scales and codes for weight (f32[out, in]) among the methods of `options`.
+
+    limits: f32[out, groups], the magnitude at which each group is cut before its scales are looked for; None cuts none.
+    """
     started = time.monotonic()
-    found = prepared.statistics
+    wanted, share = weight, PLAIN_SHARE
     if options.repairs:
-        wanted, share, _ = target(weight, prepared, options.shares)
-    else:
-        wanted, share = weight, PLAIN_SHARE
-    hessian = damped(found.fitted.hessian, share)
-    factor = prepared.factor(share) if "gptq" in options.methods else None
-    starts = _starts(wanted, found.fitted.hessian.diagonal(), grid, options, workers)
-
-    def rows_of(part: slice) -> list[Rows]:
-        sideways = wanted[part].T.contiguous()
-        made = [starts(part) for _ in options.methods]
-        for rows, method in zip(made, options.methods, strict=True):
-            METHODS[method](rows, sideways, hessian, factor, options)
-        return made
-
-    parts = workers.on(wanted.device).map(rows_of, spans(len(weight), ROWS[wanted.device.type]))
-    energy = float((weight @ found.held_out.hessian * weight).sum(dtype=torch.float64)) or 1.0
-    judged = found.held_out.pull(weight) if options.repairs else None
-    results = {}
-    for number, method in enumerate(options.methods):
-        value = torch.cat([part[number].value().T for part in parts])
-        results[method] = (
-            loss(weight, value, found.held_out, judged) / energy,
-            value,
-            [part[number] for part in parts],
-        )
-    best = min(results, key=lambda name: results[name][0])
-    lost, value, kept = results[best]
+        wanted, share, _ = target(weight, prepared, options.shares, workers)
+    parts = _outcomes(weight, wanted, prepared, share, grid, options, workers, limits)
+    judge = prepared.statistics.held_out.hessian
+    energy = sum(workers.on(weight.device).map(lambda part: _energy(weight[part], judge), _parts(weight))) or 1.0
+    losses = {
+        method: sum(part[number].lost for part in parts) / energy for number, method in enumerate(options.methods)
+    }
+    best = min(losses, key=lambda method: losses[method])
+    kept = [part[options.methods.index(best)] for part in parts]
     return Solution(
-        _joined([rows.scales for rows in kept]),
-        np.concatenate([rows.codes() for rows in kept]),
-        value.contiguous(),
+        _joined([outcome.scales for outcome in kept]),
+        np.concatenate([outcome.codes for outcome in kept]),
+        torch.cat(workers.on(weight.device).map(lambda outcome: outcome.value(weight.device), kept)),
         best,
         share,
-        lost,
-        {name: result[0] for name, result in results.items()},
+        losses[best],
+        losses,
         time.monotonic() - started,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What a method made of some rows, and its loss on held-out tokens. Codes take a quarter of what values would."""
+
+    grid: Grid
+    scales: BlockScales
+    codes: np.ndarray
+    rows: int
+    lost: float
+
+    def value(self, device: torch.device) -> Tensor:
+        """f32[rows, in]: what it stands for."""
+        rows = Rows(self.grid, self.scales, self.rows, device)
+        rows.set_codes(self.codes)
+        return rows.value().T
+
+
+def _outcomes(
+    weight: Tensor,
+    wanted: Tensor,
+    prepared: Prepared,
+    share: float,
+    grid: Grid,
+    options: SolveOptions,
+    workers: Workers,
+    limits: Tensor | None,
+) -> list[list[_Outcome]]:
+    """Of every part of the rows, what each method makes of them, in the order of the methods."""
+    fitted, judge = prepared.statistics.fitted.hessian, prepared.statistics.held_out
+    hessian = damped(fitted, share)
+    factor = prepared.factor(share) if "gptq" in options.methods else None
+    cut = wanted if limits is None else clipped(wanted, limits)
+    starts = _starts(cut, fitted.diagonal(), grid, options, workers)
+
+    def outcomes(part: slice) -> list[_Outcome]:
+        sideways = wanted[part].T.contiguous()
+        pull = judge.pull(weight, part) if options.repairs else None
+        made = []
+        for method in options.methods:
+            rows = starts(part)
+            METHODS[method](rows, sideways, hessian, factor, options)
+            lost = loss(weight[part], rows.value().T, judge, pull)
+            made.append(_Outcome(rows.grid, rows.scales, rows.codes(), rows.count, lost))
+        return made
+
+    return workers.on(weight.device).map(outcomes, _parts(weight))
+
+
+def _parts(weight: Tensor) -> list[slice]:
+    """The rows that are solved together."""
+    return spans(len(weight), ROWS[weight.device.type])
+
+
+def _energy(weight: Tensor, hessian: Tensor) -> float:
+    return float((weight @ hessian * weight).sum(dtype=torch.float64))
+
+
+def clipped(weight: Tensor, limits: Tensor) -> Tensor:
+    """f32[out, in]: the weights cut at their group's limit (f32[out, groups])."""
+    largest = limits.repeat_interleave(weight.shape[1] // limits.shape[1], 1)
+    return torch.minimum(torch.maximum(weight, -largest), largest)
 
 
 def _starts(

@@ -35,11 +35,12 @@ class Moments:
     residual: Tensor | None
     tokens: int
 
-    def pull(self, weight: Tensor) -> Tensor | None:
-        """f32[out, in]: W D + R, the pull towards repairing what came before; None where there is none."""
-        pulled = None if self.drift is None else weight @ self.drift
+    def pull(self, weight: Tensor, rows: slice = slice(None)) -> Tensor | None:
+        """f32[rows, in]: those rows of W D + R, the pull towards repairing what came before; None without any."""
+        pulled = None if self.drift is None else weight[rows] @ self.drift
         if self.residual is not None:
-            pulled = self.residual if pulled is None else pulled + self.residual
+            own = self.residual[rows]
+            pulled = own if pulled is None else pulled + own
         return pulled
 
     def plus(self, other: Moments) -> Moments:

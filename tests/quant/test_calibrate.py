@@ -263,6 +263,12 @@ def test_every_nth_sequence_is_held_out_and_none_is_lost() -> None:
     assert not any(part.held_out for part in batches(ids, 0))
 
 
+@pytest.mark.parametrize(("count", "held_out"), [(4, [3]), (2, [1]), (1, [])])
+def test_of_few_sequences_the_last_is_held_out_unless_it_is_the_only_one(count: int, held_out: list[int]) -> None:
+    parts = batches([[number] * 32 for number in range(count)], 10)
+    assert [row[0] for part in parts if part.held_out for row in part.tokens.tolist()] == held_out
+
+
 # Statistics.
 
 

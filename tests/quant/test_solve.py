@@ -126,7 +126,7 @@ def test_the_loss_is_that_of_the_outputs(one: Workers) -> None:
 @pytest.mark.parametrize("share", [0.01, 0.3])
 def test_the_target_is_the_closed_formula_in_float64(residual: int, share: float, one: Workers) -> None:
     parts, weight = batches(residual=residual), weights()
-    found, chosen, _ = target(weight, Prepared(statistics(parts, one)), (share,))
+    found, chosen, _ = target(weight, Prepared(statistics(parts, one)), (share,), one)
     x, moved, error = joined(parts, held_out=False)
     hessian, w = moved.T @ moved, weight.double().numpy()
     pull = w @ (x.T @ moved - hessian) + (0 if error is None else error.T @ moved)
@@ -140,13 +140,13 @@ def test_the_target_takes_the_share_that_does_best_on_held_out_tokens(one: Worke
     parts, weight = batches(residual=OUT, tokens=120), weights()
     prepared = Prepared(statistics(parts, one))
     shares = (1e-4, 0.01, 0.1, 1.0, 10.0)
-    judged = {share: squared(weight, target(weight, prepared, (share,))[0], parts) for share in shares}
-    assert target(weight, prepared, shares)[1] == min(judged, key=lambda share: judged[share])
+    judged = {share: squared(weight, target(weight, prepared, (share,), one)[0], parts) for share in shares}
+    assert target(weight, prepared, shares, one)[1] == min(judged, key=lambda share: judged[share])
 
 
 def test_a_target_without_anything_to_repair_is_the_weight(one: Workers) -> None:
     weight = weights()
-    found, _, lost = target(weight, Prepared(statistics(batches(drift=0), one)), (0.1,))
+    found, _, lost = target(weight, Prepared(statistics(batches(drift=0), one)), (0.1,), one)
     assert found is weight and lost == 0
 
 

@@ -14,13 +14,14 @@ torch = pytest.importorskip("torch")
 from llmx.models.folded import Floats  # noqa: E402
 from llmx.models.model import Model, open_model  # noqa: E402
 from llmx.models.ops_torch import run  # noqa: E402
-from llmx.quant.awq import Awq, AwqOptions, clip_limits, clipped, integer_groups, search_awq  # noqa: E402
+from llmx.quant.awq import Awq, AwqOptions, clip_limits, integer_groups, search_awq  # noqa: E402
 from llmx.quant.calibrate import Calibration  # noqa: E402
 from llmx.quant.grid import grid  # noqa: E402
 from llmx.quant.inputs import batches  # noqa: E402
 from llmx.quant.protocol import Grid  # noqa: E402
 from llmx.quant.scale_search import Consumer, Scaling, choose, rounded  # noqa: E402
 from llmx.quant.smooth import Smooth, SmoothOptions, column_ranges, search_smooth  # noqa: E402
+from llmx.quant.solve import clipped  # noqa: E402
 from llmx.quant.statistics import Inputs, Moments, Statistics, statistics  # noqa: E402
 from llmx.quant.transforms import Folds, ScalePair, pairs  # noqa: E402
 from llmx.quant.workers import Workers, workers  # noqa: E402
