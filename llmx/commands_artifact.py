@@ -100,18 +100,22 @@ def chat(messages: tuple[str, ...], as_json: bool, **chosen: Any) -> None:
     from llmx import api, describe_artifact
 
     turns = []
-    with api.Chat(api.ChatRequest(**chosen)) as conversation:
-        for message in messages or _lines():
-            turn = conversation.say(message, (lambda text: None) if as_json else _show)
-            turns.append(turn)
-            if not as_json:
-                click.echo()
-                click.echo(describe_artifact.turn(turn), err=True)
-        told = {"artifact": str(chosen["artifact"]), "runtime": conversation.build}
+    try:
+        with api.Chat(api.ChatRequest(**chosen)) as conversation:
+            for message in messages or _lines():
+                turns.append(turn := conversation.say(message, (lambda text: None) if as_json else _show))
+                if not as_json:
+                    click.echo()
+                    click.echo(describe_artifact.turn(turn), err=True)
+            told = {"artifact": str(chosen["artifact"]), "runtime": conversation.build}
+    except KeyboardInterrupt:
+        click.echo("\nthe conversation was interrupted", err=True)
+        click.get_current_context().exit(INTERRUPTED)
     if as_json:
         options.print_json({**told, "turns": [turn.to_json() for turn in turns]})
 
 
+INTERRUPTED = 130
 COMMANDS = (verify, sign, diff, chat)
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -297,7 +298,8 @@ def test_a_signature_holds_until_the_manifest_or_the_key_is_another(copied: Path
 def test_without_the_signing_package_both_commands_exit_7(
     copied: Path, here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "model_signing", None)
+    for module in ("model_signing", "model_signing.signing", "model_signing.verifying"):
+        monkeypatch.setitem(sys.modules, module, None)
     (copied / "key").write_text("a key")
     (copied / "one.manifest.json.sig").write_text("{}")
     for command in (["sign", "--key"], ["verify", "--public-key"]):
@@ -421,6 +423,20 @@ def test_draws_follow_the_seed(talker: Path, runtime: None, here: Callable[..., 
     options = ("--message", "Once", "--max-tokens", 16, "--temperature", 1.5, "--threads", 1)
     answers = [here("chat", talker, *options, "--seed", seed).stdout for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_an_interrupt_ends_the_conversation_with_one_line(talker: Path, runtime: None) -> None:
+    command = [sys.executable, "-m", "llmx.cli", "chat", str(talker), "--max-tokens", "2", "--threads", "1"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdin.write("Once\n")
+        process.stdin.flush()
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        said = process.stderr.read()
+    assert "interrupted" in said and "Traceback" not in said
 
 
 def test_messages_are_read_from_a_pipe_and_raw_text_needs_no_template(

@@ -158,6 +158,22 @@ def test_generation_stops_at_an_end_token(session: LlamaCppSession, tokens: list
     assert ends == written[-1:] if ends else len(written) == 300
 
 
+def test_a_sequence_is_extended_token_by_token_and_taken_up_again(session: LlamaCppSession, tokens: list[int]) -> None:
+    expected = np.concatenate(list(session.logits(tokens)))
+    keep = len(tokens) - 6
+    close = {"rtol": 0, "atol": 1e-3}
+    np.testing.assert_allclose(session.extend(tokens[:keep]), expected[keep - 1], **close)
+    for position in range(keep, len(tokens)):
+        np.testing.assert_allclose(session.extend([tokens[position]], position), expected[position], **close)
+    # Back to an earlier position: what stood after it is forgotten.
+    np.testing.assert_allclose(session.extend(tokens[3:keep], 3), expected[keep - 1], **close)
+    other = session.extend([tokens[0]], 5)
+    np.testing.assert_allclose(other, session.extend([*tokens[:5], tokens[0]]), **close)
+    list(session.logits(tokens))
+    with pytest.raises(UsageError, match="cannot follow position 2 of 0"):
+        session.extend([tokens[0]], 2)
+
+
 def test_ids_come_back_as_the_text(session: LlamaCppSession) -> None:
     text = "The sun, 😀 é\tand\n\n two  spaces"
     ids = session.tokenize(text, add_special=False)
