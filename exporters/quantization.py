@@ -9,21 +9,22 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmx.errors import UnsupportedError, UsageError
+from llmx.exporters.assignment import Assignment
 from llmx.exporters.gguf_metadata import SCALED, SOLVED
 from llmx.exporters.gguf_types import FILE_TYPES, WRITABLE_TYPES, FileType
 from llmx.exporters.recipe_file import find_recipe
-from llmx.exporters.solving import Assignment
-from llmx.exporters.statistics_folder import StatisticsFolder, checkpoint_identity
 from llmx.models.calibration_text import CalibrationText, read_calibration, sequences
 from llmx.models.model import Model
-from llmx.quant.calibrate import Calibration
 from llmx.quant.grid import GRIDS
-from llmx.quant.inputs import batches
 from llmx.quant.protocol import EFFORTS
 from llmx.quant.recipe import CalibrationSettings, Recipe, Resolved, Tensor, idle_rules, resolve
+
+if TYPE_CHECKING:
+    from llmx.exporters.statistics_folder import StatisticsFolder
+    from llmx.quant.calibrate import Calibration
 
 METHODS = ("auto", "rtn", "awq", "gptq")
 DEVICES = ("auto", "cpu", "cuda")
@@ -160,12 +161,11 @@ def quantization(model: Model, wishes: Wishes, recipe: Recipe, base: str, thread
         raise UsageError(f"calibration.length is {settings.length}; sequences have at least {SHORTEST} tokens")
     tokens = wishes.tokens or settings.tokens
     length = min(settings.length, model.architecture.context_length)
-    device = _device(wishes.device)
-    note = _why_not(wishes, resolved, base, parameters * tokens, device, threads)
-    made = Quantization(recipe, resolved, None, tokens, length, device, wishes.statistics)
+    note = _why_not(wishes, resolved, base, parameters * tokens, threads)
+    made = Quantization(recipe, resolved, None, tokens, length, statistics=wishes.statistics)
     if note is not None:
         return replace(made, notes=(note,) if note else ())
-    return replace(made, text=read_calibration(wishes.calibration))
+    return replace(made, text=read_calibration(wishes.calibration), device=_device(wishes.device))
 
 
 def to_measure(model: Model, wishes: Wishes) -> Quantization:
@@ -229,9 +229,7 @@ def _device(asked: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
-def _why_not(
-    wishes: Wishes, resolved: Mapping[str, Resolved], base: str, work: float, device: str, threads: int
-) -> str | None:
+def _why_not(wishes: Wishes, resolved: Mapping[str, Resolved], base: str, work: float, threads: int) -> str | None:
     """Why nothing is calibrated; "" where nobody would have expected it, None where it is."""
     if wishes.importance or wishes.calibrate is False:
         return ""
@@ -243,7 +241,7 @@ def _why_not(
     if smallest >= EIGHT_BITS:
         return "8-bit weights are rounded to the nearest: a calibration has nothing to win there"
     seconds = work * SECONDS_PER_WORK / threads
-    if device == "cpu" and seconds > AUTO_SECONDS:
+    if seconds > AUTO_SECONDS and _device(wishes.device) == "cpu":
         return (
             f"rounded to the nearest: calibrating would take about {seconds / 60:.0f} minutes here "
             "(--method gptq does it, --device cuda is faster)"
@@ -277,6 +275,11 @@ def calibration_of(
 
     Raises: what `sequences` and StatisticsFolder raise.
     """
+    # Here, not above: rounding needs no torch, whose import takes a second and 150 MB.
+    from llmx.exporters.statistics_folder import StatisticsFolder, checkpoint_identity
+    from llmx.quant.calibrate import Calibration
+    from llmx.quant.inputs import batches
+
     assert wanted.text is not None, "something is calibrated"
     found = sequences(
         wanted.text,

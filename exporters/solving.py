@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from llmx.errors import IntegrityError
+from llmx.exporters.assignment import Assignment
 from llmx.formats.ggml_blocks import row_bytes
 from llmx.formats.ggml_decode import decode
 from llmx.formats.ggml_packers import BlockScales, pack
@@ -35,15 +36,6 @@ Bytes = npt.NDArray[np.uint8]
 METHODS: Mapping[str, tuple[str, ...] | None] = {"rtn": ("rtn",), "gptq": None, "auto": None}
 TABLE_ROWS = 4096  # of an embedding encoded by one worker
 PACKED_ROWS = 256  # of a matrix packed by one worker
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """What one canonical tensor gets: a block type, a method of METHODS, and whether AWQ may scale it."""
-
-    type_name: str
-    method: str
-    scaled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -295,6 +295,7 @@ def test_single_tensors_and_shards_are_as_asked_for(tmp_path: Path, here: Callab
         (["plan", EXAMPLE, "--target-size", "1GB", "--target-bpw", "4"], 2, "give one of them"),
         (["plan", EXAMPLE, "--target-size", "small"], 2, "write it like 2GB"),
         (["plan", EXAMPLE, "--target-bpw", "-1"], 2, "no number of bits"),
+        (["plan", EXAMPLE, "--target-bpw", "4", "--tensor-type", ".=Q8_0"], 2, "name the type of every tensor"),
         (["calibrate", EXAMPLE], 2, "-o"),
         (["calibrate", EXAMPLE, "-o", "i.gguf", "--device", "abacus"], 2, "auto, cpu, cuda"),
         (["calibrate", EXAMPLE, "-o", "i.gguf", "--calibration-tokens", "-5"], 2, "must be positive"),
@@ -398,6 +399,19 @@ def test_help_imports_neither_torch_nor_numba_nor_numpy() -> None:
     code = "import sys, llmx.cli; print([m for m in ('torch', 'numba', 'numpy', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_rounding_imports_no_torch(tmp_path: Path) -> None:
+    arguments = ["llmx", "export", str(EXAMPLE), "--method", "rtn", "--no-validate", "-o", str(tmp_path)]
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print("torch" in sys.modules, file=sys.stderr))
+sys.argv = {arguments!r}
+from llmx.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.split() == ["False"]
 
 
 def test_every_command_has_help_with_an_example_and_stands_in_the_readme(here: Callable[..., Done]) -> None:

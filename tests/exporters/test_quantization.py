@@ -13,6 +13,7 @@ from stock_types import random_checkpoint
 from llmx import api
 from llmx.errors import IntegrityError, LlmxError, UnsupportedError, UsageError
 from llmx.exporters import quantization
+from llmx.exporters.assignment import Assignment
 from llmx.exporters.quantization import (
     FEWEST_TOKENS,
     MOST_TOKENS,
@@ -25,7 +26,6 @@ from llmx.exporters.quantization import (
     file_type_of,
     to_measure,
 )
-from llmx.exporters.solving import Assignment
 from llmx.formats.gguf import read_gguf
 from llmx.models.model import open_model
 from llmx.quant.recipe import Recipe

@@ -18,9 +18,10 @@ import torch
 from llmx import api
 from llmx.errors import IntegrityError
 from llmx.exporters import solving
+from llmx.exporters.assignment import Assignment
 from llmx.exporters.gguf_families import gguf_family
 from llmx.exporters.gguf_tensors import entries, restore
-from llmx.exporters.solving import Assignment, MatrixSolver, solve_tensors
+from llmx.exporters.solving import MatrixSolver, solve_tensors
 from llmx.formats.gguf import read_gguf
 from llmx.formats.safetensors import write_safetensors
 from llmx.models.model import Model, Weight, open_model
