@@ -131,25 +131,25 @@ class Bound:
 DEFAULTS: Mapping[str, Mapping[str, Bound]] = {
     # format -> type, with its bits a weight -> what it may cost
     "gguf": {
-        "F32": Bound(1e-4, 0.99, 1.005),  # 32
-        "F16": Bound(5e-4, 0.98, 1.01),  # 16
-        "BF16": Bound(2e-3, 0.97, 1.02),  # 16
-        "Q8_0": Bound(0.01, 0.93, 1.05),  # 8.5
-        "Q6_K": Bound(0.02, 0.90, 1.08),  # 6.6
-        "Q5_1": Bound(0.07, 0.85, 1.2),  # 6
-        "Q5_0": Bound(0.07, 0.85, 1.2),  # 5.5
-        "Q5_K": Bound(0.05, 0.85, 1.2),  # 5.5
-        "Q4_1": Bound(0.2, 0.75, 1.5),  # 5
-        "Q4_0": Bound(0.2, 0.75, 1.5),  # 4.5
-        "Q4_K": Bound(0.15, 0.75, 1.4),  # 4.5
-        "IQ4_NL": Bound(0.2, 0.75, 1.5),  # 4.5
-        "IQ4_XS": Bound(0.2, 0.75, 1.5),  # 4.25
-        "MXFP4": Bound(0.3, 0.7, 1.7),  # 4.25
-        "Q3_K": Bound(0.5, 0.6, 2.0),  # 3.4
-        "Q2_K": Bound(1.5, 0.35, 4.0),  # 2.6
+        "F32": Bound(1e-4, 0.98, 1.005),  # 32
+        "F16": Bound(5e-4, 0.96, 1.01),  # 16
+        "BF16": Bound(2e-3, 0.94, 1.02),  # 16
+        "Q8_0": Bound(0.01, 0.86, 1.05),  # 8.5
+        "Q6_K": Bound(0.02, 0.8, 1.08),  # 6.6
+        "Q5_1": Bound(0.1, 0.7, 1.2),  # 6
+        "Q5_0": Bound(0.1, 0.7, 1.2),  # 5.5
+        "Q5_K": Bound(0.05, 0.7, 1.2),  # 5.5
+        "Q4_1": Bound(0.3, 0.5, 1.5),  # 5
+        "Q4_0": Bound(0.3, 0.5, 1.5),  # 4.5
+        "Q4_K": Bound(0.15, 0.55, 1.4),  # 4.5
+        "IQ4_NL": Bound(0.3, 0.5, 1.5),  # 4.5
+        "IQ4_XS": Bound(0.3, 0.5, 1.5),  # 4.25
+        "MXFP4": Bound(0.4, 0.45, 1.7),  # 4.25
+        "Q3_K": Bound(0.5, 0.3, 2.0),  # 3.4
+        "Q2_K": Bound(1.5, 0.15, 4.0),  # 2.6
     },
 }
-COARSEST = Bound(1.5, 0.35, 4.0)  # for a type that is not in the table
+COARSEST = Bound(1.5, 0.15, 4.0)  # for a type that is not in the table
 ORIGIN = "each type's limit, weighted by the weights in it"
 JUDGED_POSITIONS = 100  # below it, a share or a ratio says too little to be judged without being asked
 
