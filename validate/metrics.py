@@ -111,6 +111,11 @@ class Comparison:
         if self._count - before != len(judged):
             raise CheckFailed(f"logits came for {self._count - before} of {len(judged)} positions that are judged")
 
+    def add_figures(self, kl: np.ndarray, log_p: np.ndarray, log_q: np.ndarray, same: np.ndarray) -> None:
+        """Takes f64[t] KL, f64[t] log p(next), f64[t] log q(next) and bool[t] that were computed elsewhere."""
+        rows = self._room(len(kl))
+        rows["kl"], rows["log_p"], rows["log_q"], rows["same"] = kl, log_p, log_q, same
+
     def _add_slice(self, reference: np.ndarray, artifact: np.ndarray, targets: np.ndarray) -> None:
         width = min(reference.shape[1], artifact.shape[1])
         common = reference[:, :width]
