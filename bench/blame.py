@@ -150,6 +150,7 @@ def stored(file: GgufFile, model: Model, entry: Entry) -> Stored:
 def trial(rng: np.random.Generator, kind: str, choices: Sequence[Base], folder: Path) -> Trial | None:
     """One damage of that kind in a random file; None where none of many tensors can have it."""
     methods = sorted({base.method for base in choices})
+    rejected = 0
     for _ in range(TRIES):
         method = methods[rng.integers(len(methods))]
         some_files = [base for base in choices if base.method == method]
@@ -162,6 +163,7 @@ def trial(rng: np.random.Generator, kind: str, choices: Sequence[Base], folder: 
             continue
         entry = some[rng.integers(len(some))]
         made, too_small = damage(rng, kind, case, entry, entries)
+        rejected += too_small
         if made:
             path = folder / "damaged.gguf"
             shutil.copy(base.path, path)
@@ -180,7 +182,7 @@ def trial(rng: np.random.Generator, kind: str, choices: Sequence[Base], folder: 
                 found.tensor,
                 found.tensor in made,
                 found.reason,
-                too_small,
+                rejected,
             )
     return None
 

@@ -154,7 +154,8 @@ def _verdict(case: Case, found: list[Suspect], layers: tuple[float, ...], absent
     together = [one for one in found if one.score > 1 and one.score >= TOGETHER * found[0].score]
     if together:
         first = min(together, key=lambda one: order[one.tensor])
-        others = f"; {len(together) - 1} more tensors like it" if len(together) > 1 else ""
+        more = len(together) - 1
+        others = f"; {more} more tensor{'s' if more > 1 else ''} like it" if more else ""
         return blame(first.tensor, first.layer, f"{first.tensor}: {first.reason}{others}{_rise(layers, first.layer)}")
     if numbers := differences(case.file, case.model.architecture):
         return blame(None, None, f"every tensor is sound; in the metadata {'; '.join(numbers)}")
