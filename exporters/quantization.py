@@ -38,6 +38,9 @@ FEWEST_TOKENS, MOST_TOKENS = 24_576, 131_072
 # too low for the ten of today. And what `auto` may take.
 SECONDS_PER_WORK = 8e-11
 AUTO_SECONDS = 600.0
+# Peak memory of a calibrated export: torch and the compiled solvers; bytes per token and channel of a layer's widest
+# tensors, float and quantized; bytes per weight of the largest matrix. Between 0.9 and 1.4 times what was measured.
+CALIBRATED_MEMORY, MEMORY_PER_CHANNEL, MEMORY_PER_SOLVED_WEIGHT = 500 << 20, 24, 16
 EIGHT_BITS = 8.0  # from here on rounding costs nothing that a calibration could win back
 FLOAT_BITS = 16.0
 
@@ -166,6 +169,14 @@ def quantization(model: Model, wishes: Wishes, recipe: Recipe, base: str, thread
     if note is not None:
         return replace(made, notes=(note,) if note else ())
     return replace(made, text=read_calibration(wishes.calibration), device=_device(wishes.device))
+
+
+def calibrated_memory(model: Model, tokens: int) -> int:
+    """About the peak memory of calibrating and solving, in bytes."""
+    a = model.architecture
+    largest = max(spec.shape[-2] * spec.shape[-1] for spec in a.tensors if len(spec.shape) > 1)
+    wide = max(a.intermediate, a.experts_used * a.expert_intermediate)
+    return CALIBRATED_MEMORY + MEMORY_PER_CHANNEL * tokens * (a.hidden + wide) + MEMORY_PER_SOLVED_WEIGHT * largest
 
 
 def to_measure(model: Model, wishes: Wishes) -> Quantization:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmx import rebuilding
 from llmx.errors import CheckFailed, LlmxError, ResourceError, RuntimeMissing, UsageError
+from llmx.memory import peak_rss_bytes, require_memory
 from llmx.validating import REPORT_NAME, available_cores, check_threads, require_runtime, validate, write_report
 
 if TYPE_CHECKING:
@@ -106,11 +107,22 @@ class Prepared:
     quantization: Quantization
     threads: int
 
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Estimated: what writing takes, or calibrating where that is more."""
+        from llmx.exporters.quantization import calibrated_memory
+
+        writing = self.exporter.plan.peak_memory_bytes
+        if not self.quantization.calibrated:
+            return writing
+        return max(writing, calibrated_memory(self.model, self.quantization.tokens))
+
     def described(self) -> dict[str, Any]:
         """The plan as plain data, with what was decided of quantizing."""
         told = self.exporter.plan.to_json()
         told["notes"] = [*told["notes"], *self.quantization.notes]
         told["quantization"] = self.quantization.to_json()
+        told["peak_memory_bytes"] = self.peak_memory_bytes
         return told
 
 
@@ -131,7 +143,7 @@ def export(request: ExportRequest) -> ExportResult:
     artifact.check_targets(targets, model.checkpoint.files, request.force)
     if request.validate:
         require_runtime()
-        _require_memory(exporter)
+        require_memory(exporter.plan.parameters)
     artifact.make_folder(targets[0].parent)
     artifact.check_room(targets[0].parent, exporter.plan.nbytes * (2 if prepared.quantization.calibrated else 1))
     with SourceHashes(model.checkpoint) as source:
@@ -142,7 +154,7 @@ def export(request: ExportRequest) -> ExportResult:
     with artifact.partial_files([*targets, manifest_path(targets[0])]) as (*partial, kept):
         digests, solved = _written(prepared, partial)
         model.checkpoint.check_unchanged()
-        seconds, peak = time.monotonic() - started, _peak_rss_bytes()
+        seconds, peak = time.monotonic() - started, peak_rss_bytes()
         files = tuple(
             artifact.ArtifactFile(target, path.stat().st_size, artifact.file_sha256(path)).to_json()
             for path, target in zip(partial, targets, strict=True)
@@ -318,27 +330,6 @@ def _write(exporter: GgufExport, partial: list[Path], solved: Solved | None) -> 
         return gguf.write(exporter, partial, None if solved is None else solved.rows)
     except OSError as error:
         raise artifact.disk_error(error, partial[0].parent.parent) from error
-
-
-def _require_memory(exporter: GgufExport) -> None:
-    """The proof runs transformers in float32: refuse before the export what cannot be proven after it."""
-    import psutil
-
-    needed, available = 4 * exporter.plan.parameters, psutil.virtual_memory().available
-    if needed > available:
-        raise ResourceError(
-            f"validation holds a float32 reference: {needed / 1e9:,.1f} GB, and {available / 1e9:,.1f} GB are free",
-            fix="export with --no-validate, and run `llmx validate` on a larger machine",
-        )
-
-
-def _peak_rss_bytes() -> int:
-    """The largest resident set this process ever had."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _told(prepared: Prepared, solved: Solved | None) -> dict[str, Any]:
