@@ -228,7 +228,7 @@ def _speed(told: Told, details: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _stock(told: Told, details: Mapping[str, Any]) -> Iterator[Table]:
-    """Yields the table of other types where somebody measured them, with this file among them, by size."""
+    """Yields the table of other types, with this file among them, by size; a KL only where it was measured."""
     stock = details.get("stock_types")
     if not stock:
         return

@@ -26,6 +26,7 @@ from llmx.validate.oracle import Tokens
 from llmx.validate.report import Check, Report, not_run
 from llmx.validate.runtimes import Runtime, find_runtime
 from llmx.validate.sample_text import SAMPLE_TEXT
+from llmx.validate.stock_types import stock_types
 
 TOKEN_CONTEXT = 64  # tokenizing needs no context to speak of
 LOADS = "runtime.loads"
@@ -117,6 +118,7 @@ def validate(
         checks += tuple(case.limits.unused(check.name for check in checks))
     # Two builds of llama.cpp differ by KL 0.03 on some k-quants, so the exact one is recorded.
     build = next((check.detail for check in checks if check.name == LOADS and check.passed), None)
+    case.findings.note("stock_types", stock_types(case.model.architecture, case.entries))
     facts = {**_facts(case, build, text is None), "gate": resolved(case.limits, checks)}
     return Report(checks, facts, case.findings.found)
 
