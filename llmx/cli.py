@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from llmx import commands_artifact, options
+from llmx import commands_artifact, commands_compare, options
 from llmx.errors import LlmxError
 
 
@@ -156,7 +156,7 @@ def doctor(as_json: bool) -> None:
     options.answer(as_json, found, lambda: describe.doctor(found))
 
 
-for command in commands_artifact.COMMANDS:
+for command in (*commands_artifact.COMMANDS, commands_compare.compare):
     commands.add_command(command)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _SHOWN_ITEMS = 4
 _SHOWN_TEXT = 72
+_UNBROKEN = 1000  # characters: a line an artifact, as long as it is
 
 
 def export(result: ExportResult) -> str:
@@ -49,6 +50,14 @@ def report(found: Report) -> str:
     return as_table(found)
 
 
+def comparison(told: dict[str, Any]) -> str:
+    """Artifacts side by side, then what the figures mean and what went wrong."""
+    from llmx.validate import compare_html
+
+    rows = [compare_html.cells(row) for row in told["artifacts"]]
+    return "\n".join([_table(compare_html.HEADINGS, rows, width=_UNBROKEN), *compare_html.legend(told)])
+
+
 def plan(prepared: Prepared) -> str:
     """Every tensor's type and size, then the totals."""
     planned, described = prepared.exporter.plan, prepared.described()
@@ -61,7 +70,7 @@ def plan(prepared: Prepared) -> str:
         _table(("tensor", "shape", "type", "bytes", "instead of"), rows),
         *(f"{file['name']}  {file['bytes']:,} bytes" for file in described["files"]),
         f"  {planned.parameters:,} parameters, {planned.bits_per_weight:.2f} bits per weight: {types}",
-        f"  peak memory about {_megabytes(planned.peak_memory_bytes)}",
+        f"  peak memory about {_megabytes(prepared.peak_memory_bytes)}",
         *_remarks(described),
     ]
     return "\n".join(lines)
@@ -123,7 +132,7 @@ def _shortened(value: Any) -> str:
     return written if len(written) <= _SHOWN_TEXT else f"{written[:_SHOWN_TEXT]}…"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int = 160) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -133,5 +142,5 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     out = io.StringIO()
-    Console(file=out, width=160, highlight=False).print(table)
+    Console(file=out, width=width, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

@@ -69,7 +69,7 @@ def validate(
             artifact,
             reference if isinstance(reference, Model) else open_model(reference, revision),
             runtime=RUNTIME_OF_FORMAT["gguf"],
-            text=None if text is None else _read_text(text),
+            text=None if text is None else read_text(text),
             limits=limits,
             settings=settings,
             progress=stage,
@@ -134,7 +134,8 @@ def require_runtime() -> None:
         )
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Returns a file's text. Raises: UsageError for one that cannot be read as UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
