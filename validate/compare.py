@@ -81,7 +81,8 @@ class Table:
                 "text_sha256": h.text_sha256,
                 "kept": h.kept,
                 "vocab": h.vocab,
-                "kl": "exact" if h.kept >= h.real else "lower bound: the most likely tokens apart, the rest as one",
+                "drawn": h.drawn,
+                "kl": "estimated" if h.drawn else "exact",
             },
             "artifacts": [{name: _plain(value) for name, value in asdict(row).items()} for row in self.rows],
         }

@@ -43,10 +43,10 @@ def cells(row: Told) -> list[str]:
 def legend(told: Told) -> list[str]:
     """Returns what the figures mean, and which artifacts have none and why."""
     settings = told["settings"]
-    exact = settings["kl"] == "exact"
-    bound = "" if exact else f" KL is a lower bound: the {settings['kept']} most likely tokens apart, the rest as one."
+    kept, drawn = settings["kept"], settings["drawn"]
+    how = f" The {kept} most likely tokens are taken exactly, the others by a sample of {drawn}." if drawn else ""
     lines = [
-        f"{settings['positions']} positions; KL({told['reference']['id']} ‖ artifact), nats.{bound} "
+        f"{settings['positions']} positions; KL({told['reference']['id']} ‖ artifact), nats.{how} "
         "* Pareto-optimal: no other is both as small and as near."
     ]
     lines += [f"{row['name']}: {row['status']}: {row['error']}" for row in told["artifacts"] if row["error"]]
