@@ -58,15 +58,19 @@ def export(output: Path, validate: bool, force: bool, as_json: bool, **chosen: A
 
 @commands.command(short_help="Rerun an artifact and judge it against its model.")
 @click.argument("artifact", type=options.ANY)
-@click.option("--reference", required=True, metavar="MODEL", help="The checkpoint it was made from: folder or hub id.")
+@click.option("--reference", metavar="MODEL", help="The checkpoint it was made from: folder or hub id.")
+@click.option(
+    "--against", type=options.ANY, metavar="OTHER",
+    help="Another artifact to judge it against; without --reference, what takes the checkpoint is left out.",
+)  # fmt: skip
 @options.revision
 @click.option("-o", "--output", type=options.ANY, help="Folder for report.json, report.html and junit.xml.")
 @options.threads
 @options.limits
 @click.option("--blame", is_flag=True, help="Name the tensor at fault even if no check fails; else only then.")
 @options.json_option
-def validate(artifact: Path, reference: str, output: Path | None, as_json: bool, **chosen: Any) -> None:
-    """Rerun ARTIFACT, ours or anybody's, on its runtime and judge it against MODEL.
+def validate(artifact: Path, reference: str | None, output: Path | None, as_json: bool, **chosen: Any) -> None:
+    """Rerun ARTIFACT, ours or anybody's, on its runtime and judge it against MODEL, OTHER or both.
 
     \b
     Examples:
@@ -74,10 +78,11 @@ def validate(artifact: Path, reference: str, output: Path | None, as_json: bool,
       llmx validate model-Q4_K_M.gguf --reference org/model --text my.txt --max-kl 0.05 -o reports/
       llmx validate any.gguf --reference ./model --gate gate.yaml --text my.txt --positions 4096
       llmx validate broken.gguf --reference ./model --blame
+      llmx validate new.gguf --against deployed.gguf --max-kl 0.01
     """
     from llmx import api, describe
 
-    how = {name: chosen.pop(name) for name in ("revision", "text", "positions", "threads", "blame")}
+    how = {name: chosen.pop(name) for name in ("against", "revision", "text", "positions", "threads", "blame")}
     report = api.validate(artifact, reference, limits=api.limits(**chosen), output=output, **how)
     options.answer(as_json, report.to_dict(), lambda: describe.report(report))
     click.get_current_context().exit(api.exit_code(report))

@@ -33,8 +33,9 @@ def check_threads(threads: int) -> None:
 
 def validate(
     artifact: Path,
-    reference: str | Path | Model,
+    reference: str | Path | Model | None,
     *,
+    against: Path | None = None,
     revision: str | None = None,
     text: Path | None = None,
     positions: int | None = None,
@@ -46,28 +47,34 @@ def validate(
 ) -> Report:
     """Rerun an artifact on its runtime and judge it against the checkpoint; the report says what passed.
 
+    against: another artifact of the same model to judge it against, too; without a reference, what takes the
+    checkpoint is not applicable, and a gate that names such a check keeps the report from passing.
     positions: how many next-token distributions to compare; a text with fewer is refused. None: 512, or fewer.
     output: a folder for report.json, report.html and junit.xml. blame: name the tensor at fault, also where none is.
     facts: more about the artifact, for the report.
     Raises: IntegrityError for a broken artifact, UsageError for one that is not there or a text that cannot be read.
     """
     from llmx.exporters import artifact as files
-    from llmx.models.model import Model, open_model
+    from llmx.models.model import open_model
     from llmx.progress import stages
     from llmx.validate.case import Settings
     from llmx.validate.junit import junit
     from llmx.validate.suite import validate as run_checks
 
     check_threads(threads)
-    if not artifact.is_file():
-        raise UsageError("there is no such artifact", where=artifact, fix="give a .gguf file")
+    for path in (artifact, *([] if against is None else [against])):
+        if not path.is_file():
+            raise UsageError("there is no such artifact", where=path, fix="give a .gguf file")
+    if reference is None and (revision is not None or blame):
+        raise UsageError("--revision and --blame are about the checkpoint", fix="give --reference, too")
     settings = Settings(threads=threads or available_cores(), blame=blame)
     if positions is not None:
         settings = replace(settings, positions=positions, least_positions=positions)
     with stages("validating") as stage:
         report = run_checks(
             artifact,
-            reference if isinstance(reference, Model) else open_model(reference, revision),
+            open_model(reference, revision) if isinstance(reference, str | Path) else reference,
+            against=against,
             runtime=RUNTIME_OF_FORMAT["gguf"],
             text=None if text is None else read_text(text),
             limits=limits,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isqrt, prod
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -19,7 +20,7 @@ from llmx.validate.gate import ORIGIN, Limit, Limits, default_bound
 from llmx.validate.oracle import Tokens
 from llmx.validate.runtimes import Runtime
 
-__all__ = ["Case", "Limits", "Noise", "Settings", "boundaries", "chunks"]
+__all__ = ["Case", "Limits", "Noise", "Settings", "Subject", "boundaries", "chunks"]
 
 SHORTEST_CHUNK = 8  # tokens
 CHARACTERS_PER_TOKEN = 6  # a first guess of how much text is enough; where it is not, twice as much is read
@@ -56,6 +57,27 @@ class Noise:
 
     usual: float | None = None
     exact: float | None = None
+
+
+class Subject(Protocol):
+    """What it takes to run an artifact, with its checkpoint at hand (Case) or without. All fields are as in Case."""
+
+    @property
+    def artifact(self) -> Path: ...
+    @property
+    def runtime(self) -> Runtime: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def scratch(self) -> Path: ...
+    @property
+    def findings(self) -> Findings: ...
+    @property
+    def noise(self) -> Noise: ...
+    @property
+    def threads(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

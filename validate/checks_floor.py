@@ -6,7 +6,7 @@ What is below it cannot be told from chance, so a limit on a KL that lies below 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llmx.errors import CheckFailed, UsageError
-from llmx.validate.case import Case
+from llmx.validate.case import Case, Subject
 from llmx.validate.gate import ASKED, KL_CHECKS, Limit
 from llmx.validate.metrics import Comparison
 from llmx.validate.report import Check, not_run, reported
@@ -50,17 +50,22 @@ def check_floor(case: Case) -> Iterator[Check]:
     if tokens is None:
         yield from (not_run(name, case.too_short) for name in NAMES)
         return
+    yield from floor_of(case, tokens, [case.kl_limit(name) for name in KL_CHECKS])
+
+
+def floor_of(subject: Subject, tokens: list[int], limits: Sequence[Limit]) -> Iterator[Check]:
+    """Yields what check_floor does, on the first of these tokens. limits: those on a KL that must lie above."""
     found: dict[str, float] = {}
-    for name, comparison, what in _runs(case, tokens[:POSITIONS]):
+    for name, comparison, what in _runs(subject, tokens[:POSITIONS]):
         found[name] = comparison.summary().kl_mean
         detail = f"mean KL(runtime ‖ runtime), {comparison.positions} positions, {what}"
-        yield case.limits.judged(floor_check(name, found[name], detail))
-    case.noise.usual = max(found.values())
-    if math.isfinite(case.noise.usual):
-        yield _limit(case, found)
+        yield subject.limits.judged(floor_check(name, found[name], detail))
+    subject.noise.usual = max(found.values())
+    if math.isfinite(subject.noise.usual):
+        yield _limit(limits, found)
 
 
-def _runs(case: Case, tokens: list[int]) -> Iterator[tuple[str, Comparison, str]]:
+def _runs(case: Subject, tokens: list[int]) -> Iterator[tuple[str, Comparison, str]]:
     """Yields (check, comparison with the first run, what differs). The first run's logits lie on disk meanwhile."""
     usual: dict[str, Any] = {"threads": case.threads, "context": len(tokens)}
     every, last = range(len(tokens)), range(max(1, len(tokens) - DECODED), len(tokens))
@@ -114,9 +119,8 @@ def floor_check(name: str, kl: float, detail: str) -> Check:
     return Check(name, False, kl, None, "nats", "logits are numbers", f"the runtime gives NaN or infinity; {detail}")
 
 
-def _limit(case: Case, found: Mapping[str, float]) -> Check:
-    """Whether the smallest limit on the quality's KL is at or above the largest of the floors."""
-    limits = [case.kl_limit(name) for name in KL_CHECKS]
+def _limit(limits: Sequence[Limit], found: Mapping[str, float]) -> Check:
+    """Whether the smallest limit on a KL is at or above the largest of the floors."""
     least = min(limits, key=lambda limit: limit.value)
     name = max(found, key=lambda each: found[each])
     return limit_check(LIMIT, found[name], least, name)

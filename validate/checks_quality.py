@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 
 from llmx.errors import ResourceError
-from llmx.validate.case import Case, boundaries
+from llmx.validate.case import Case, Limits, Settings, Subject, boundaries
 from llmx.validate.checks_floor import resolvable
-from llmx.validate.gate import JUDGED_POSITIONS, KL_CHECKS, ORIGIN, default_bound
+from llmx.validate.gate import JUDGED_POSITIONS, KL_CHECKS, ORIGIN, Bound, Limit, default_bound
 from llmx.validate.metrics import Comparison, Divergence
 from llmx.validate.oracle import Reference
 from llmx.validate.report import Check, at_least, at_most, not_run, reported
@@ -43,7 +43,9 @@ def _checks(case: Case) -> Iterator[Check]:
             trial = _Trial(case, reference, session)
             prefill, decode = trial.prefill(), trial.decode(sequence)
         _note(case, prefill, decode)
-        yield from _figures(case, prefill.summary(), decode.summary())
+        bound = default_bound(case.file.tensors.values())
+        judging = Judging("quality", "transformers f32", bound, ORIGIN, case.limits, case.settings, case.chunk)
+        yield from judging.figures(prefill.summary(), decode.summary())
         for name, boundary in boundaries(case.model.architecture).items():
             yield _past(case, reference, name, boundary)
 
@@ -77,30 +79,47 @@ def _note(case: Case, prefill: Comparison, decode: Comparison) -> None:
     case.findings.note("quality", {"prefill": asdict(prefill.summary()), "decode": asdict(decode.summary())})
 
 
-def _figures(case: Case, found: Divergence, cached: Divergence) -> Iterator[Check]:
-    short = "" if found.positions >= case.settings.positions else "; the text is too short for more"
-    where = f"{found.positions} positions, second halves of chunks of {case.chunk}{short}"
-    least = case.settings.least_positions
-    origin = "something must have been compared" if least == 1 else "asked for"
-    yield at_least("quality.positions", found.positions, least, "positions", origin, detail=where)
-    yield _kl(case, "quality.kl", found, f"mean KL(transformers f32 ‖ artifact), {where}")
-    yield reported("quality.kl_median", found.kl_median, "nats")
-    yield reported("quality.kl_999", found.kl_999, "nats", "99.9 % quantile")
-    bound = default_bound(case.file.tensors.values())
-    ratio = f"± {found.perplexity_ratio_error:.2g}; {found.perplexity_artifact:.5g} / {found.perplexity_reference:.5g}"
-    if found.positions >= JUDGED_POSITIONS:
-        yield at_least("quality.same_top1", found.same_top1, bound.top1, "share", ORIGIN, detail=where)
-        yield at_most("quality.ppl_ratio", found.perplexity_ratio, bound.ppl_ratio, "ratio", ORIGIN, detail=ratio)
-    else:
-        yield reported("quality.same_top1", found.same_top1, "share", where)
-        yield reported("quality.ppl_ratio", found.perplexity_ratio, "ratio", ratio)
-    yield reported("quality.rms_delta_p", found.rms_delta_p, "probability", "of the true next token")
-    yield _kl(case, "quality.decode", cached, f"{cached.positions} positions fed one at a time through the KV cache")
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """How a comparison becomes checks. kind: their names' first part. bound, origin: the limits where none is asked.
 
+    reference: what the artifact is compared with, in words.
+    """
 
-def _kl(case: Case, name: str, found: Divergence, detail: str) -> Check:
-    limit = case.kl_limit(name)
-    return at_most(name, found.kl_mean, limit.value, "nats", limit.origin, detail=detail)
+    kind: str
+    reference: str
+    bound: Bound
+    origin: str
+    limits: Limits
+    settings: Settings
+    chunk: int
+
+    def figures(self, found: Divergence, cached: Divergence) -> Iterator[Check]:
+        """Yields .positions, .kl and what goes with it of prompts run at once, and .decode of a cached sequence."""
+        short = "" if found.positions >= self.settings.positions else "; the text is too short for more"
+        where = f"{found.positions} positions, second halves of chunks of {self.chunk}{short}"
+        least, kind, bound = self.settings.least_positions, self.kind, self.bound
+        origin = "something must have been compared" if least == 1 else "asked for"
+        yield at_least(f"{kind}.positions", found.positions, least, "positions", origin, detail=where)
+        yield self._kl(f"{kind}.kl", found, f"mean KL({self.reference} ‖ artifact), {where}")
+        yield reported(f"{kind}.kl_median", found.kl_median, "nats")
+        yield reported(f"{kind}.kl_999", found.kl_999, "nats", "99.9 % quantile")
+        top1, ratio = found.same_top1, found.perplexity_ratio
+        told = (
+            f"± {found.perplexity_ratio_error:.2g}; {found.perplexity_artifact:.5g} / {found.perplexity_reference:.5g}"
+        )
+        if found.positions >= JUDGED_POSITIONS:
+            yield at_least(f"{kind}.same_top1", top1, bound.top1, "share", self.origin, detail=where)
+            yield at_most(f"{kind}.ppl_ratio", ratio, bound.ppl_ratio, "ratio", self.origin, detail=told)
+        else:
+            yield reported(f"{kind}.same_top1", top1, "share", where)
+            yield reported(f"{kind}.ppl_ratio", ratio, "ratio", told)
+        yield reported(f"{kind}.rms_delta_p", found.rms_delta_p, "probability", "of the true next token")
+        yield self._kl(f"{kind}.decode", cached, f"{cached.positions} positions fed one at a time through the KV cache")
+
+    def _kl(self, name: str, found: Divergence, detail: str) -> Check:
+        limit = self.limits.asked(name) or Limit(self.bound.kl, self.origin)
+        return at_most(name, found.kl_mean, limit.value, "nats", limit.origin, detail=detail)
 
 
 def _past(case: Case, reference: Reference, name: str, boundary: int) -> Check:
@@ -112,23 +131,29 @@ def _past(case: Case, reference: Reference, name: str, boundary: int) -> Check:
     with case.runtime.open(case.artifact, threads=case.threads, context=len(sequence)) as session:
         found.add_streams(sequence, reference.logits(sequence), session.logits(sequence), judged)
     detail = f"mean KL, {found.positions} positions {WHERE[name]} {boundary}"
-    return _kl(case, f"quality.{name}", found.summary(), detail)
+    limit = case.kl_limit(f"quality.{name}")
+    return at_most(f"quality.{name}", found.summary().kl_mean, limit.value, "nats", limit.origin, detail=detail)
 
 
 def check_speed(case: Case) -> Iterator[Check]:
     """Yields tokens a second, time to first token, load time and peak memory of the runtime's process, of one run."""
-    context = min(SPEED_PREFILL + SPEED_DECODE, case.model.architecture.context_length)
+    yield from speed_of(case, case.model.architecture.context_length)
+
+
+def speed_of(subject: Subject, longest: int) -> Iterator[Check]:
+    """Yields what check_speed does. longest: tokens that the model takes."""
+    context = min(SPEED_PREFILL + SPEED_DECODE, longest)
     decode = min(SPEED_DECODE, context // 2)
-    prefill, threads = context - decode, case.settings.threads
+    prefill, threads = context - decode, subject.settings.threads
     if decode < 1:
         yield not_run("speed.decode", f"a context of {context} has no room for a prompt and an answer")
         return
-    with case.runtime.open(case.artifact, threads=threads, context=context) as session:
+    with subject.runtime.open(subject.artifact, threads=threads, context=context) as session:
         speed = session.speed(prefill, decode)
     told = {**asdict(speed), "threads": threads, "prefill_tokens": prefill, "decode_tokens": decode}
-    case.findings.note("speed", told)
+    subject.findings.note("speed", told)
     how = f"{threads} threads, {prefill} tokens in, {decode} out"
-    yield from (case.limits.judged(replace(check, detail=how)) for check in _speeds(speed))
+    yield from (subject.limits.judged(replace(check, detail=how)) for check in _speeds(speed))
 
 
 def _speeds(speed: Speed) -> Iterator[Check]:

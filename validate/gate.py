@@ -23,14 +23,24 @@ from llmx.validate.report import Check, not_applicable
 
 ASKED = "asked for"
 KL_CHECKS = ("quality.kl", "quality.decode", "quality.window", "quality.context")
+AGAINST_KL = ("against.kl", "against.decode")
 WORDS: Mapping[str, tuple[str, ...]] = {
     # an option, or a key of the gate -> the checks it is for
-    "max_kl": KL_CHECKS,
-    "min_top1": ("quality.same_top1",),
-    "max_ppl_ratio": ("quality.ppl_ratio",),
+    "max_kl": (*KL_CHECKS, *AGAINST_KL),
+    "min_top1": ("quality.same_top1", "against.same_top1"),
+    "max_ppl_ratio": ("quality.ppl_ratio", "against.ppl_ratio"),
     "min_tokens_per_second": ("speed.decode",),
 }
-AT_LEAST = frozenset({"quality.same_top1", "quality.positions", "speed.prefill", "speed.decode"})
+AT_LEAST = frozenset(
+    {
+        "quality.same_top1",
+        "quality.positions",
+        "against.same_top1",
+        "against.positions",
+        "speed.prefill",
+        "speed.decode",
+    }
+)
 LIMITED = (
     # every check that takes a limit by its own name; all but those of AT_LEAST must not exceed it
     "bytes.steps",
@@ -53,6 +63,13 @@ LIMITED = (
     "quality.ppl_ratio",
     "quality.rms_delta_p",
     "quality.positions",
+    *AGAINST_KL,
+    "against.kl_median",
+    "against.kl_999",
+    "against.same_top1",
+    "against.ppl_ratio",
+    "against.rms_delta_p",
+    "against.positions",
     "speed.prefill",
     "speed.decode",
     "speed.first_token",
@@ -184,6 +201,6 @@ def problem_with(key: str, value: object) -> str | None:
     """Returns why a value is no limit for a word of WORDS or a check, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         return f"{key}: {value!r} is no limit; a number from 0 on was expected"
-    if key in {"min_top1", "quality.same_top1"} and value > 1:
+    if key in {"min_top1", *WORDS["min_top1"]} and value > 1:
         return f"{key}: {value!r} is no share; it lies between 0 and 1"
     return None

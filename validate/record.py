@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -181,7 +181,16 @@ class Reading:
         return range(self.chunk // 2, self.chunk - 1)
 
 
-def read_text(tokens: Tokens, text: str, context: int, settings: Settings) -> Reading:
+class Encoder(Protocol):
+    """A tokenizer: that of Hugging Face, or of a runtime."""
+
+    def encode(self, text: str, add_special: bool) -> list[int]: ...
+
+    @property
+    def bos(self) -> int | None: ...
+
+
+def read_text(tokens: Encoder, text: str, context: int, settings: Settings) -> Reading:
     """Returns the chunks that give `settings.positions` judged positions, or as many as the text has.
 
     Raises: UsageError where that is none, or fewer than settings.least_positions.

@@ -6,14 +6,25 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from math import prod
 from pathlib import Path
+from typing import Any
 
 from llmx.errors import CheckFailed, IntegrityError, LlmxError, ResourceError, RuntimeMissing, UsageError
-from llmx.formats.gguf import read_gguf_set
+from llmx.formats.gguf import GgufFile, read_gguf_set
 from llmx.models.model import Model, open_model
 from llmx.validate.blame import NAME as BLAME_NAME
 from llmx.validate.blame import check_blame
-from llmx.validate.case import Case, Limits, Settings
+from llmx.validate.case import Case, Limits, Settings, Subject
+from llmx.validate.checks_against import (
+    ALIKE_NAMES,
+    Pair,
+    check_against,
+    check_alike,
+    check_pair_floor,
+    check_pair_speed,
+)
+from llmx.validate.checks_against import NAMES as AGAINST_NAMES
 from llmx.validate.checks_bytes import check_bytes
 from llmx.validate.checks_conversion import check_conversion
 from llmx.validate.checks_floor import NAMES as FLOOR_NAMES
@@ -23,7 +34,7 @@ from llmx.validate.checks_quality import check_quality, check_speed
 from llmx.validate.checks_tokens import check_template, check_tokens
 from llmx.validate.gate import resolved
 from llmx.validate.oracle import Tokens
-from llmx.validate.report import Check, Report, not_run
+from llmx.validate.report import Check, Report, not_applicable, not_run
 from llmx.validate.runtimes import Runtime, find_runtime
 from llmx.validate.sample_text import SAMPLE_TEXT
 from llmx.validate.stock_types import stock_types
@@ -38,11 +49,12 @@ TEXT_NAMES = ("tokens.ids", "tokens.bos", "tokens.ends", "tokens.vocabulary", "t
 class Stage:
     """A group of checks. names: what is recorded as "not run" when the stage cannot run at all.
 
+    run: takes a Case; of a stage of PAIR_STAGES or PAIR_ONLY, a Pair.
     required: without it the report has not passed.
     """
 
     names: tuple[str, ...]
-    run: Callable[[Case], Iterator[Check]]
+    run: Callable[[Any], Iterator[Check]]
     needs_runtime: bool = True
     required: bool = True
 
@@ -66,6 +78,11 @@ def check_text(case: Case) -> Iterator[Check]:
         yield from check_template(case, session)
 
 
+def _loads(pair: Pair) -> Iterator[Check]:
+    with pair.open(pair.artifact, TOKEN_CONTEXT) as session:
+        yield Check(LOADS, True, origin="the runtime's own loader", detail=session.build)
+
+
 STAGES: tuple[Stage, ...] = (
     Stage(("bytes.tensors", "bytes.error"), check_bytes, needs_runtime=False),
     Stage(TEXT_NAMES, check_text),
@@ -74,14 +91,25 @@ STAGES: tuple[Stage, ...] = (
     Stage(QUALITY_NAMES, check_quality),
     Stage(("speed.decode",), check_speed),
 )
+PAIR_STAGES: tuple[Stage, ...] = (Stage(ALIKE_NAMES, check_alike), Stage(AGAINST_NAMES, check_against))
+PAIR_ONLY: tuple[Stage, ...] = (
+    # what is run of a pair without a checkpoint; the floor stands before the checks that it limits
+    Stage((LOADS,), _loads),
+    Stage(ALIKE_NAMES, check_alike),
+    Stage(FLOOR_NAMES, check_pair_floor),
+    Stage(AGAINST_NAMES, check_against),
+    Stage(("speed.decode",), check_pair_speed),
+)
+NO_CHECKPOINT = "it takes the checkpoint, and no reference was given"
 BLAME = Stage((BLAME_NAME,), check_blame, needs_runtime=False, required=False)
 BLAMED = frozenset({"bytes", "conversion", "quality"})  # kinds of check that a tensor or a number of the metadata fails
 
 
 def validate(
     artifact: Path,
-    reference: Model | Path | str,
+    reference: Model | Path | str | None,
     *,
+    against: Path | None = None,
     runtime: Runtime | str = "llama.cpp",
     text: str | None = None,
     limits: Limits | None = None,
@@ -90,37 +118,78 @@ def validate(
 ) -> Report:
     """Runs every check of one artifact and returns the report. Nothing is written but temporary files.
 
-    artifact: a GGUF file, or the first of a split set. reference: the checkpoint that it was made from.
+    artifact: a GGUF file, or the first of a split set. reference: the checkpoint that it was made from; None leaves out
+    what takes it, and `against` then stands in its place. against: another artifact, to be judged against.
     text: what the model reads; None takes the built-in sample. progress: called with each stage's kind before it runs.
     A runtime that is missing leaves "not run" in the report, which then has not passed.
-    Raises: IntegrityError when the file is no sound container (cut, hostile); what open_model raises; UsageError when
-    the text is empty.
+    Raises: IntegrityError when a file is no sound container (cut, hostile); what open_model raises; UsageError when
+    the text is empty or there is nothing to judge against.
     """
     if text is not None and not text.strip():
         raise UsageError("the evaluation text is empty", fix="give a text of a few thousand words, or none")
-    file = read_gguf_set(artifact)
+    if reference is None and against is None:
+        raise UsageError("there is nothing to judge the artifact against", fix="give a reference or another artifact")
+    common = {
+        "artifact": artifact,
+        "file": read_gguf_set(artifact),
+        "runtime": find_runtime(runtime) if isinstance(runtime, str) else runtime,
+        "text": SAMPLE_TEXT if text is None else text,
+        "limits": limits or Limits(),
+        "settings": settings or Settings(),
+    }
+    with tempfile.TemporaryDirectory(prefix="llmx-validate-") as folder:
+        common["scratch"] = Path(folder)
+        case = None if reference is None else _case(common, reference)
+        if case is not None:
+            common |= {"findings": case.findings, "noise": case.noise}
+        pair = None
+        if against is not None:
+            pair = Pair(**common, other=against, other_file=read_gguf_set(against), alone=case is None)
+        return _report(case, pair, text is None, progress)
+
+
+def _case(common: dict[str, Any], reference: Model | Path | str) -> Case:
     model = reference if isinstance(reference, Model) else open_model(reference)
-    engine = find_runtime(runtime) if isinstance(runtime, str) else runtime
-    with tempfile.TemporaryDirectory(prefix="llmx-validate-") as scratch:
-        case = Case(
-            artifact=artifact,
-            file=file,
-            model=model,
-            tokens=Tokens(model.checkpoint.folder),
-            runtime=engine,
-            text=SAMPLE_TEXT if text is None else text,
-            limits=limits or Limits(),
-            settings=settings or Settings(),
-            scratch=Path(scratch),
-        )
-        _require_text(case)
-        checks = tuple(_run(case, progress))
-        checks += tuple(case.limits.unused(check.name for check in checks))
+    case = Case(**common, model=model, tokens=Tokens(model.checkpoint.folder))
+    _require_text(case)
+    return case
+
+
+def _report(case: Case | None, pair: Pair | None, built_in: bool, progress: Callable[[str], None]) -> Report:
+    """Runs the stages of what there is; at least one of both."""
+    subject = case or pair
+    assert subject is not None
+    checks: tuple[Check, ...] = ()
+    if case is None:
+        checks += tuple(_without_checkpoint(subject.limits))
+        steps: list[tuple[Stage, Any]] = [(stage, pair) for stage in PAIR_ONLY]
+    else:
+        steps = [(stage, case) for stage in STAGES] + [(stage, pair) for stage in PAIR_STAGES if pair is not None]
+    checks += tuple(_run(steps, subject, progress))
+    if case is not None:
+        failed = {check.kind for check in checks if check.passed is False}
+        if case.settings.blame or failed & BLAMED:
+            progress(BLAME.kind)
+            checks += tuple(_guarded(BLAME, case))
+        case.findings.note("stock_types", stock_types(case.model.architecture, case.entries))
+    checks += tuple(subject.limits.unused(check.name for check in checks))
     # Two builds of llama.cpp differ by KL 0.03 on some k-quants, so the exact one is recorded.
     build = next((check.detail for check in checks if check.name == LOADS and check.passed), None)
-    case.findings.note("stock_types", stock_types(case.model.architecture, case.entries))
-    facts = {**_facts(case, build, text is None), "gate": resolved(case.limits, checks)}
-    return Report(checks, facts, case.findings.found)
+    facts = {**_facts(subject, case, pair, build, built_in), "gate": resolved(subject.limits, checks)}
+    return Report(checks, facts, subject.findings.found)
+
+
+def _without_checkpoint(limits: Limits) -> Iterator[Check]:
+    """What cannot be looked at; where the user's gate names such a check, the report cannot pass without it."""
+    done = {name for stage in PAIR_ONLY for name in stage.names}
+    names = [name for stage in STAGES for name in stage.names if name not in done]
+    kinds = {name.partition(".")[0] for name in names}
+    names += [name for name in limits.gate if name.partition(".")[0] in kinds and name not in names]
+    for name in names:
+        if name in limits.gate:
+            yield not_run(name, f"{limits.gate_name} limits it; {NO_CHECKPOINT}", code=UsageError.exit_code)
+        else:
+            yield not_applicable(name, NO_CHECKPOINT)
 
 
 def _require_text(case: Case) -> None:
@@ -134,34 +203,28 @@ def _require_text(case: Case) -> None:
         )
 
 
-def _run(case: Case, progress: Callable[[str], None]) -> Iterator[Check]:
-    reason = case.runtime.unavailable()
-    missing = None if reason is None else f"{case.runtime.name} is missing: {reason}"
+def _run(steps: list[tuple[Stage, Any]], subject: Subject, progress: Callable[[str], None]) -> Iterator[Check]:
+    reason = subject.runtime.unavailable()
+    missing = None if reason is None else f"{subject.runtime.name} is missing: {reason}"
     code = CheckFailed.exit_code if reason is None else RuntimeMissing.exit_code
-    failed: set[str] = set()
-    for stage in STAGES:
+    for stage, given in steps:
         progress(stage.kind)
         if stage.needs_runtime and missing is not None:
             yield from (not_run(name, missing, code=code) for name in stage.names)
             continue
-        for check in _guarded(stage, case):
+        for check in _guarded(stage, given):
             if check.name == LOADS and not check.passed:
                 missing = REFUSED
-            if check.passed is False:
-                failed.add(check.kind)
             yield check
-    if case.settings.blame or failed & BLAMED:
-        progress(BLAME.kind)
-        yield from _guarded(BLAME, case)
 
 
-def _guarded(stage: Stage, case: Case) -> Iterator[Check]:
+def _guarded(stage: Stage, given: Any) -> Iterator[Check]:
     """A stage's checks. An artifact that its runtime refuses fails; what lacks memory or a runtime did not run."""
     done: set[str] = set()
     try:
-        for check in stage.run(case):
+        for check in stage.run(given):
             done.add(check.name)
-            yield case.limits.judged(check)
+            yield given.limits.judged(check)
         left = (name for name in stage.names if name not in done)
         yield from (not_run(name, "the stage left it out", required=stage.required) for name in left)
     except (CheckFailed, IntegrityError) as error:
@@ -177,21 +240,38 @@ def _one_line(error: LlmxError) -> str:
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
-def _facts(case: Case, build: str | None, built_in: bool) -> dict[str, object]:
-    settings, source = case.settings, case.model.checkpoint.source
-    return {
-        "artifact": {
-            "name": case.artifact.name,
-            "bytes": sum(path.stat().st_size for path in case.file.paths),
-            "bits_per_weight": round(case.bits_per_weight, 4),
-        },
-        "reference": {"id": source.id, "revision": source.revision, "kind": "transformers, float32, eager attention"},
-        "runtime": {"name": case.runtime.name, "build": build},
+def _facts(
+    subject: Case | Pair, case: Case | None, pair: Pair | None, build: str | None, built_in: bool
+) -> dict[str, object]:
+    settings = subject.settings
+    found = {
+        "artifact": _file(subject.artifact, subject.file),
+        "reference": _reference(case, pair),
+        "runtime": {"name": subject.runtime.name, "build": build},
         "settings": {
             "positions": settings.positions,
-            "chunk": case.chunk,
+            "chunk": subject.chunk,
             "threads": settings.threads,
             "text": "built-in sample" if built_in else "given",
-            "text_sha256": sha256(case.text.encode()).hexdigest(),
+            "text_sha256": sha256(subject.text.encode()).hexdigest(),
         },
+    }
+    return found if pair is None else {**found, "against": _file(pair.other, pair.other_file)}
+
+
+def _reference(case: Case | None, pair: Pair | None) -> dict[str, object]:
+    if case is not None:
+        source = case.model.checkpoint.source
+        return {"id": source.id, "revision": source.revision, "kind": "transformers, float32, eager attention"}
+    assert pair is not None
+    return {"id": pair.other.name, "revision": None, "kind": f"another artifact, on {pair.runtime.name}"}
+
+
+def _file(path: Path, file: GgufFile) -> dict[str, object]:
+    tensors = file.tensors.values()
+    bits = 8 * sum(tensor.nbytes for tensor in tensors) / sum(prod(tensor.shape) for tensor in tensors)
+    return {
+        "name": path.name,
+        "bytes": sum(part.stat().st_size for part in file.paths),
+        "bits_per_weight": round(bits, 4),
     }
