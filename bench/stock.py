@@ -173,11 +173,11 @@ def float_file(stock: Stock, folder: Path, type_name: str, target: Path, threads
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give a bench the options of this file."""
     tools = parser.add_argument_group("llama.cpp's tools, each not run where not given")
-    tools.add_argument("--quantize", type=_program, metavar="PROGRAM", help="stock llama-quantize")
-    tools.add_argument("--stock-python", type=_program, metavar="PROGRAM", help="Python with llama-cpp-python, instead")
+    tools.add_argument("--quantize", type=program, metavar="PROGRAM", help="stock llama-quantize")
+    tools.add_argument("--stock-python", type=program, metavar="PROGRAM", help="Python with llama-cpp-python, instead")
     tools.add_argument("--convert", type=Path, metavar="SCRIPT", help="stock convert_hf_to_gguf.py")
-    tools.add_argument("--convert-python", type=_program, metavar="PROGRAM", default=sys.executable)
-    tools.add_argument("--llama-imatrix", type=_program, metavar="PROGRAM", help="stock llama-imatrix")
+    tools.add_argument("--convert-python", type=program, metavar="PROGRAM", default=sys.executable)
+    tools.add_argument("--llama-imatrix", type=program, metavar="PROGRAM", help="stock llama-imatrix")
 
 
 def chosen(options: argparse.Namespace) -> Stock:
@@ -191,7 +191,8 @@ def chosen(options: argparse.Namespace) -> Stock:
     )
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
+    """An argument that names a program: its path."""
     found = shutil.which(name)
     if found is None:
         raise argparse.ArgumentTypeError(f"there is no program {name!r}")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from llmx.formats.ggml_decode import decode
 from llmx.formats.gguf import GgufFile
 from llmx.models.model import Model
 from llmx.validate.case import Case
+from llmx.validate.checks_metadata import check_metadata
 from llmx.validate.report import Check, at_most, not_applicable, not_run
 from llmx.validate.restored import restored_model
 from llmx.validate.scales import with_scales_of
@@ -42,6 +43,8 @@ STEP_LIMIT = 4.0
 STEP_ORIGIN = (
     "1.6 measured on sound files of every type, 1.9 with importance; a flipped high bit of a 4-bit code makes 8"
 )
+GAIN_LIMIT = 0.5
+GAIN_ORIGIN = "twice what sound files of every type stay below; Q8_0 scales that are 1 % too large make 2"
 SHOWN = 8  # offenders named
 
 
@@ -73,7 +76,7 @@ class Distance:
 class GridError:
     """The largest error of one stored tensor in steps of its grid, and how many of its values are no numbers.
 
-    rms: ||decoded - source|| / ||source||, NaN where a value is no number.
+    rms: ||decoded - source|| / ||source||, NaN where a value is no number. slope: of decoded over source, 1 for zeros.
     """
 
     name: str
@@ -81,13 +84,25 @@ class GridError:
     steps: float
     not_finite: int
     rms: float
+    slope: float
+
+    @property
+    def gain(self) -> float:
+        """How far the tensor as a whole is too large or small, in units of the type's usual error.
+
+        Less rms², which rounding to the nearest takes from coarse types; exact types are left to bytes.error.
+        """
+        usual = USUAL_RMS.get(self.type_name, 0.0)
+        if not isfinite(self.slope):
+            return inf
+        return max(abs(self.slope - 1) - self.rms**2, 0.0) / usual if usual else 0.0
 
     def __str__(self) -> str:
         return f"{self.name} ({self.type_name}): {self.steps:.3g}"
 
 
 def check_bytes(case: Case) -> Iterator[Check]:
-    """Yields bytes.tensors, .finite, .steps, .error and .digests."""
+    """Yields bytes.tensors, .finite, .steps, .gain, .error, .digests, .numbers and .type."""
     entries = case.entries
     problems = tensor_problems(case.file, entries)
     detail = named(problems) or f"{len(entries)} tensors, each with the expected shape"
@@ -99,9 +114,11 @@ def check_bytes(case: Case) -> Iterator[Check]:
     broken = [f"{error.name}: {error.not_finite} values" for error in errors if error.not_finite]
     count, detail = sum(error.not_finite for error in errors), named(broken) or "no NaN, no infinity"
     yield at_most("bytes.finite", count, 0, "values", "a weight is a number", detail=detail)
-    yield _steps(errors) if solver is None else not_applicable("bytes.steps", f"the file's weights were {solver}")
+    for name, judged in (("bytes.steps", _steps), ("bytes.gain", _gain)):
+        yield judged(errors) if solver is None else not_applicable(name, f"the file's weights were {solver}")
     yield _error(case, source, problems, solver)
     yield _digests(case.file)
+    yield from check_metadata(case)
 
 
 def compared_with(case: Case) -> Model:
@@ -137,6 +154,17 @@ def _steps(errors: Sequence[GridError]) -> Check:
     far = [str(error) for error in errors if error.steps > STEP_LIMIT]
     detail = named(far) or f"worst: {largest}"
     return at_most("bytes.steps", largest.steps, STEP_LIMIT, "steps of the grid", STEP_ORIGIN, detail=detail)
+
+
+def _gain(errors: Sequence[GridError]) -> Check:
+    """Scales that are all a little too large: each weight stays within a few steps of its source, and all lean."""
+    if not errors:
+        return not_run("bytes.gain", "no tensor can be compared")
+    largest = max(errors, key=lambda error: error.gain)
+    over = [error for error in errors if error.gain > GAIN_LIMIT]
+    told = [f"{e.name} ({e.type_name}): {e.slope:.4g} times its source" for e in over]
+    detail = named(told) or f"worst: {largest.name} ({largest.type_name}), {largest.slope:.5g} times its source"
+    return at_most("bytes.gain", largest.gain, GAIN_LIMIT, "of the type's usual error", GAIN_ORIGIN, detail=detail)
 
 
 def _error(case: Case, source: Model, problems: Sequence[str], solver: object) -> Check:
@@ -231,7 +259,7 @@ def _fits(file: GgufFile, entry: Entry) -> bool:
 def grid_error(file: GgufFile, model: Model, entry: Entry) -> GridError:
     """Returns the largest error of one stored tensor; memory follows a piece of rows, not the tensor."""
     type_name = file.tensors[entry.name].type_name
-    not_finite, steps, squares, total = 0, 0.0, 0.0, 0.0
+    not_finite, steps, squares, total, product = 0, 0.0, 0.0, 0.0, 0.0
     for start, data in stored_rows(file, entry.name):
         source = read_rows(model, entry, start, start + len(data)).astype(np.float32, copy=False)
         values, largest = decode_with_error(type_name, data, source)
@@ -239,11 +267,12 @@ def grid_error(file: GgufFile, model: Model, entry: Entry) -> GridError:
         steps = max(steps, largest)
         with np.errstate(invalid="ignore", over="ignore"):
             squares += float(np.square(values - source).sum(dtype=np.float64))
+            product += float((values * source).sum(dtype=np.float64))
         total += float(np.square(source).sum(dtype=np.float64))
     for piece in entry.pieces:
         model.weight(piece.spec.name).release()
     rms = float(np.sqrt(squares / total if total else squares))
-    return GridError(entry.name, type_name, steps, not_finite, rms)
+    return GridError(entry.name, type_name, steps, not_finite, rms, product / total if total else 1.0)
 
 
 def _digests(file: GgufFile) -> Check:

@@ -11,8 +11,9 @@ from llmx.formats.gguf import GgufFile
 from llmx.models.architecture import Architecture
 
 CLOSE = 1e-6  # relative: the metadata's floats are float32
-UNSTATED = ("vocab_size", "expert_feed_forward_length")  # what runtimes read from the tensors
-DEFAULTS: Mapping[str, Callable[[Architecture], float]] = {
+# What runtimes read from the tensors, or only print.
+UNSTATED = ("vocab_size", "expert_feed_forward_length", "rope.scaling.finetuned")
+DEFAULTS: Mapping[str, Callable[[Architecture], object]] = {
     # what the runtime takes where a file says nothing
     "attention.head_count_kv": lambda a: a.heads,
     "attention.key_length": lambda a: a.hidden // a.heads,
@@ -22,6 +23,7 @@ DEFAULTS: Mapping[str, Callable[[Architecture], float]] = {
     "rope.freq_base_swa": lambda _: 10_000.0,
     "rope.scaling.attn_factor": lambda _: 1.0,
     "attention.sliding_window": lambda _: 0,
+    "attention.sliding_window_pattern": lambda a: [layer % 6 != 5 for layer in range(a.layers)],  # of gemma3
 }
 CHANGING: Mapping[str, object] = {
     # what changes the function where it stands, and the value that does not
@@ -55,7 +57,8 @@ def _differences(file: GgufFile, a: Architecture) -> Iterator[str]:
     expected = {key: value.value for key, value in architecture_metadata(a, family, a.vocab).items()}
     for key, value in expected.items():
         short = key.removeprefix(f"{family.arch}.")
-        if short in UNSTATED or key == "general.architecture":
+        unread = short == "attention.sliding_window" and not family.window
+        if short in UNSTATED or unread or key == "general.architecture":
             continue
         if key not in found:
             usual = DEFAULTS[short](a) if short in DEFAULTS else None

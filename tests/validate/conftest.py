@@ -147,9 +147,12 @@ def _rewrite(
     metadata: Mapping[str, Value | None] | None = None,
     tensors: Mapping[str, np.ndarray | None] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    alike: Mapping[str, str] | None = None,
     honest: bool = True,
 ) -> Path:
     """A copy of a GGUF file with other metadata or tensor bytes; None removes one.
+
+    alike: an added tensor -> the one whose type and shape it has.
 
     honest: its digests are those of the new bytes, as if an exporter had made the mistake; otherwise they are the old
     ones, as if the file had been damaged later.
@@ -159,10 +162,8 @@ def _rewrite(
     data = {name: file.bytes(name) for name in file.tensors}
     data |= tensors or {}  # type: ignore[arg-type]
     kept = {name: content for name, content in data.items() if content is not None}
-    infos = [
-        TensorInfo(name, file.tensors[name].type_name, (shapes or {}).get(name, file.tensors[name].shape))
-        for name in kept
-    ]
+    models = {name: file.tensors[(alike or {}).get(name, name)] for name in kept}
+    infos = [TensorInfo(name, it.type_name, (shapes or {}).get(name, it.shape)) for name, it in models.items()]
     plan = layout(values, infos)
     with target.open("wb") as out:
         out.truncate(plan.size)

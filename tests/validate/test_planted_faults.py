@@ -1,4 +1,4 @@
-"""Each check has a fault that it must catch, planted into a sound artifact; and a sound artifact passes every check."""
+"""What single checks say of faults, beyond test_fault_table.py; and a sound artifact passes every check."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmx.errors import IntegrityError
 from llmx.exporters import gguf_tensors
 from llmx.exporters.gguf_metadata import DIGESTS_KEY, SCALED, SOLVER_KEY
 from llmx.formats.ggml_blocks import BLOCKS, row_bytes
 from llmx.formats.ggml_decode import LEVELS
 from llmx.formats.ggml_packers import LAYOUTS, pack, unpack
-from llmx.formats.gguf import GgufFile, Value, array, f32, flag, read_gguf, text, u32
+from llmx.formats.gguf import GgufFile, Value, array, f32, read_gguf, text, u32
 from llmx.validate.case import Limits, Settings
 from llmx.validate.checks_bytes import STEP_LIMIT, check_bytes, grid_error
 from llmx.validate.checks_conversion import check_conversion
@@ -194,14 +193,6 @@ def test_two_exchanged_tensors_are_caught(artifacts, case_of, rewrite, tmp_path)
     first, second = "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight"
     bad = rewrite(artifact, tmp_path / "bad.gguf", tensors={first: file.bytes(second), second: file.bytes(first)})
     assert {"bytes.error", "bytes.steps"} <= failed(check_bytes(case_of(bad, reference)))
-
-
-def test_a_cut_file_is_an_integrity_error(artifacts, tmp_path, llama_cpp):
-    artifact, reference = artifacts("tiny-qwen3", "Q4_K_M")
-    cut = tmp_path / "cut.gguf"
-    cut.write_bytes(artifact.read_bytes()[:-5000])
-    with pytest.raises(IntegrityError, match="cut"):
-        validate(cut, reference, runtime=llama_cpp)
 
 
 # Solved artifacts: their weights were moved on purpose, further than rounding moves them.
@@ -398,31 +389,11 @@ def test_a_wrong_number_in_the_metadata_is_caught_through_quantization(
     assert changes
     bad = rewrite(artifact, tmp_path / "bad.gguf", metadata=changes)
     case = case_of(bad, reference, llama_cpp)
-    assert failed(check_bytes(case)) == set()
+    assert failed(check_bytes(case)) == {"bytes.numbers"}
     assert failed(check_conversion(case)) & {"conversion.kl", "conversion.window"}
 
 
 # Tokens.
-
-
-@pytest.mark.parametrize(
-    ("changes", "caught"),
-    [
-        ({"tokenizer.ggml.bos_token_id": u32(5)}, "tokens.bos"),
-        ({"tokenizer.ggml.add_bos_token": flag(False)}, "tokens.bos"),
-        ({"tokenizer.ggml.add_eos_token": flag(True)}, "tokens.bos"),
-        ({"tokenizer.ggml.eos_token_id": u32(7)}, "tokens.ends"),
-        ({"tokenizer.ggml.add_space_prefix": None}, "tokens.ids"),
-    ],
-    ids=["another BOS", "no BOS", "an EOS at the end", "another EOS", "a space too many"],
-)
-def test_a_wrong_tokenizer_setting_is_caught(*, changes, caught, artifacts, case_of, rewrite, tmp_path, llama_cpp):
-    artifact, reference = artifacts("tiny-qwen3", "Q8_0")
-    stored = read_gguf(artifact).metadata
-    if changes == {"tokenizer.ggml.add_space_prefix": None}:
-        changes = {"tokenizer.ggml.add_space_prefix": flag(not stored["tokenizer.ggml.add_space_prefix"])}
-    bad = rewrite(artifact, tmp_path / "bad.gguf", metadata=changes)
-    assert caught in failed(check_text(case_of(bad, reference, llama_cpp)))
 
 
 def test_a_second_end_token_that_the_file_does_not_know_is_caught(
@@ -438,14 +409,6 @@ def test_a_second_end_token_that_the_file_does_not_know_is_caught(
     assert "token 7 does not end generation" in bad.detail
     sound = export(folder, "Q8_0", tmp_path / "sound.gguf")
     assert only(check_text(case_of(sound, folder, llama_cpp)), "tokens.ends").passed
-
-
-def test_two_exchanged_tokens_are_caught(artifacts, case_of, rewrite, tmp_path, llama_cpp):
-    artifact, reference = artifacts("tiny-qwen3", "Q8_0")
-    tokens = list(read_gguf(artifact).metadata["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
-    tokens[300], tokens[400] = tokens[400], tokens[300]
-    bad = rewrite(artifact, tmp_path / "bad.gguf", metadata={"tokenizer.ggml.tokens": array("str", tokens)})
-    assert "tokens.ids" in failed(check_text(case_of(bad, reference, llama_cpp)))
 
 
 def cut_vocabulary(artifact: Path, rewrite, target: Path, rows_left: int, cut_embedding: bool) -> Path:
@@ -512,23 +475,6 @@ def test_a_sound_template_passes_in_the_file_and_in_the_runtime(chat_artifact, c
     assert failed(checks) == set()
     assert only(checks, "template.embedded").passed
     assert only(checks, "template.runtime").status in ("passed", "not run")
-
-
-@pytest.mark.parametrize(
-    "template",
-    [CHATML.replace("{% if add_generation_prompt %}<|assistant|>\n{% endif %}", ""), CHATML.replace("\n", " "), None],
-    ids=["without generation prompt", "other whitespace", "no template at all"],
-)
-def test_a_changed_template_is_caught(*, template, chat_artifact, chat_model, case_of, rewrite, tmp_path, llama_cpp):
-    change = None if template is None else text(template)
-    bad = rewrite(chat_artifact, tmp_path / "bad.gguf", metadata={"tokenizer.chat_template": change})
-    assert "template.embedded" in failed(check_text(case_of(bad, chat_model, llama_cpp)))
-
-
-def test_a_template_that_the_checkpoint_does_not_have_is_caught(artifacts, case_of, rewrite, tmp_path, llama_cpp):
-    artifact, reference = artifacts("tiny-qwen3", "Q8_0")
-    bad = rewrite(artifact, tmp_path / "bad.gguf", metadata={"tokenizer.chat_template": text(CHATML)})
-    assert "template.embedded" in failed(check_text(case_of(bad, reference, llama_cpp)))
 
 
 # Quality and speed.
