@@ -305,6 +305,10 @@ def test_single_tensors_and_shards_are_as_asked_for(tmp_path: Path, here: Callab
         (["validate", "missing.gguf", "--reference", EXAMPLE], 2, "missing.gguf"),
         (["validate", "missing.gguf", "--reference", EXAMPLE, "--threads", "-1"], 2, "negative"),
         (["validate", EXAMPLE / "config.json", "--reference", EXAMPLE], 6, "GGUF"),
+        (["validate", EXAMPLE / "config.json"], 2, "nothing to judge"),
+        (["validate", EXAMPLE / "config.json", "--against", "missing.gguf"], 2, "missing.gguf"),
+        (["compare", EXAMPLE / "config.json"], 2, "--reference"),
+        (["compare", "a.gguf", "a.gguf", "--reference", EXAMPLE], 2, "twice"),
         (["inspect", EXAMPLE / "config.json"], 6, "GGUF"),
         (["export"], 2, "MODEL"),
     ],
@@ -423,7 +427,8 @@ def test_every_command_has_help_with_an_example_and_stands_in_the_readme(here: C
 
 
 def test_every_option_has_help_and_is_run_by_a_test_of_the_command_line() -> None:
-    source = "".join(path.read_text() for path in (Path(__file__), ROOT / "tests" / "test_artifact_commands.py"))
+    others = sorted((ROOT / "tests").glob("test_*_commands.py"))
+    source = "".join(path.read_text() for path in (Path(__file__), *others))
     for name, command in commands.commands.items():
         for option in command.params:
             if not isinstance(option, click.Option):

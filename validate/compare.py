@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import resources
 from math import isnan, prod
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,11 @@ class Row:
     peak_rss_bytes: int | None = None
     runtime: str | None = None
     pareto: bool = False
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON Schema (draft 2020-12) that every comparison keeps to."""
+    return json.loads(resources.files("llmx.validate").joinpath(SCHEMA_FILE).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,11 @@ from llmx.validate.report_figures import as_float, size_of
 
 Told = Mapping[str, Any]
 WIDE, NARROW = charts.Size(940, 380), charts.Size(330, 300)
+STYLE = """
+.side{font-size:.8rem}.side td,.side th{padding-right:9px;min-width:0}.side tbody th{min-width:7em}
+.side thead th{font-size:.74rem;overflow-wrap:normal}.side thead th.right{text-align:right}
+@media(max-width:880px){.side{font-size:.92rem}}
+"""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     # key, heading, how it is written
@@ -67,16 +72,18 @@ def markdown(told: Told) -> str:
 
 def page(told: Told) -> str:
     """Returns the HTML text of a comparison as `Table.to_dict` gives it. Nothing is fetched, no script runs."""
-    head = "".join(f"<th scope='col'>{escape(heading)}</th>" for heading in HEADINGS)
+    head = "".join(
+        f"<th scope='col'{' class=right' * (heading != HEADINGS[0])}>{escape(heading)}</th>" for heading in HEADINGS
+    )
     body = "".join(_html_row(cells(row)) for row in told["artifacts"])
     notes = "".join(f"<p class='soft'>{escape(line)}</p>" for line in legend(told))
     style = resources.files("llmx.validate").joinpath("templates", "report.css").read_text(encoding="utf-8")
     return charts.printable(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<link rel="icon" href="data:,"><title>llmx compare</title><style>{charts.STYLE}{style}</style></head>
+<link rel="icon" href="data:,"><title>llmx compare</title><style>{charts.STYLE}{style}{STYLE}</style></head>
 <body><main><p class="kicker">llmx compare</p><h1>{escape(told["reference"]["id"])}, artifacts side by side</h1>
-{_pareto(told)}<div class="panel" style="overflow-x:auto"><table><thead><tr>{head}</tr></thead>
+{_pareto(told)}<div class="panel" style="overflow-x:auto"><table class="side"><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>{notes}
 <footer><p>{escape(told["schema"])}; the same figures are in compare.json.</p></footer></main></body></html>
 """)
@@ -84,7 +91,9 @@ def page(told: Told) -> str:
 
 def _html_row(values: Sequence[str]) -> str:
     first, *rest = (escape(value) for value in values)
-    return f"<tr><th scope='row'>{first}</th>{''.join(f'<td class=right>{value}</td>' for value in rest)}</tr>"
+    labelled = zip(HEADINGS[1:], rest, strict=True)
+    figures = "".join(f"<td class='right' data-label='{escape(name)}'>{value}</td>" for name, value in labelled)
+    return f"<tr><th scope='row'>{first}</th>{figures}</tr>"
 
 
 def _pareto(told: Told) -> str:
@@ -94,7 +103,12 @@ def _pareto(told: Told) -> str:
         return ""
     points = [(row["bytes"] / 1e6, as_float(row["kl_mean"])) for row in rows]
     best = charts.Series("Pareto-optimal", charts.frontier(points), marks=False)
-    every = charts.Series("artifacts", points, labels=[row["name"] for row in rows], line=False)
     axes = Axis("size, MB"), Axis("mean KL, nats", log=True)
-    drawn = [charts.plot("Size against mean KL", [every, best], *axes, size) for size in (WIDE, NARROW)]
-    return f"<figure class='panel'><div class='wide'>{drawn[0]}</div><div class='narrow'>{drawn[1]}</div></figure>"
+
+    def drawn(size: charts.Size) -> str:
+        labels = [charts.shortened(row["name"].removesuffix(".gguf"), size.width / 3) for row in rows]
+        every = charts.Series("artifacts", points, labels=labels, line=False)
+        return charts.plot("Size against mean KL", [every, best], *axes, size)
+
+    pictures = f"<div class='wide'>{drawn(WIDE)}</div><div class='narrow'>{drawn(NARROW)}</div>"
+    return f"<figure class='panel'>{pictures}</figure>"

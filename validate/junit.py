@@ -60,9 +60,9 @@ def _artifact(told: Mapping[str, Any]) -> str:
 
 
 def _properties(suite: ElementTree.Element, told: Mapping[str, Any]) -> None:
-    """What was compared, with what: artifact, reference, runtime and settings."""
+    """What was compared, with what: artifact, reference, other artifact, runtime and settings."""
     element = ElementTree.SubElement(suite, "properties")
-    for group in ("artifact", "reference", "runtime", "settings"):
+    for group in ("artifact", "reference", "against", "runtime", "settings"):
         for key, value in told.get(group, {}).items():
             if value is not None:
                 about = {"name": f"{group}.{key}", "value": printable(str(value))}

@@ -287,8 +287,9 @@ def _compared(told: Told) -> Iterator[Table]:
     reference, runtime, settings = (told.get(key, {}) for key in ("reference", "runtime", "settings"))
     facts = {
         "reference": reference.get("id"),
-        "revision": reference.get("revision") or (reference and "a local folder"),
+        "revision": reference.get("revision") or (reference and "a local path"),
         "computed by": reference.get("kind"),
+        "against": told.get("against", {}).get("name"),
         "runtime": runtime.get("name"),
         "runtime build": runtime.get("build") or (runtime and "not loaded"),
         "positions judged, at least": settings.get("positions"),

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from llmx.comparing import compare
 from llmx.errors import IntegrityError, UsageError
+from llmx.validate.compare import json_schema
 from llmx.validate.runtimes import Runtime
 from llmx.validate.runtimes.llamacpp import LlamaCpp
 
@@ -31,7 +33,9 @@ def test_a_broken_artifact_has_its_row_and_a_kept_reference_gives_the_same_figur
     first, second = rows[small.name], rows[large.name]
     assert first.kl_mean is not None and second.kl_mean is not None and first.kl_mean > second.kl_mean > 0
     assert first.pareto and second.pareto and first.positions >= 64
-    assert json.loads((tmp_path / "compare.json").read_text())["schema"] == "llmx.compare/1"
+    written = json.loads((tmp_path / "compare.json").read_text())
+    assert written["schema"] == "llmx.compare/1" and written == found.to_dict()
+    Draft202012Validator(json_schema()).validate(written)
     again = compare([small], str(kept), threads=1)
     assert again.exit_code == 0 and again.rows[0].kl_mean == first.kl_mean
     content = bytearray(kept.read_bytes())

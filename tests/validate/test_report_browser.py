@@ -10,6 +10,9 @@ import pytest
 from chromium import Browser, chromium, find_chromium
 from sample_reports import FACTS, details, failed, sound
 
+from llmx.validate import compare_html
+from llmx.validate.compare import Row, Table
+from llmx.validate.record import Header
 from llmx.validate.report import unproven
 from llmx.validate.report_html import page
 
@@ -24,6 +27,23 @@ def hostile() -> dict:
     told["artifact"] = {**FACTS["artifact"], "name": HOSTILE}
     told["details"] = {**details(name=HOSTILE), "blame": told["details"]["blame"]}
     return told
+
+
+def comparison() -> dict:
+    """Eight artifacts, the last of a hostile name and the one before it broken."""
+    header = Header("org/tiny", 32000, 32000, 256, 256, 512, 5, 256, 128, 255, 1, 1300, 7000, "ab" * 32, "cd" * 32)
+    figures = {
+        "positions": 635, "same_top1": 0.9, "perplexity": 9.5, "perplexity_ratio": 1.01, "rms_delta_p": 0.05,
+        "perplexity_ratio_error": 0.002, "prefill_tokens_per_second": 7263.4, "decode_tokens_per_second": 1620.1,
+        "time_to_first_token_seconds": 0.035, "peak_rss_bytes": 54_000_000, "kl_median": 0.01, "kl_999": 1.5,
+    }  # fmt: skip
+    sizes = (1_290_000, 1_490_000, 1_900_000, 2_020_000, 2_021_000, 3_510_000)
+    rows = [
+        Row(f"model-{n}.gguf", size, 8 * size / 3.3e6, kl_mean=0.2 / 4**n, pareto=n % 2 == 0, **figures)
+        for n, size in enumerate(sizes)
+    ]
+    broken = Row("broken.gguf", 5000, status="failed", error="the file is cut", code=4)
+    return Table((*rows, broken, Row(HOSTILE, 4_000_000, 9.7, kl_mean=1e-5, **figures)), header).to_dict()
 
 
 REPORTS = {
@@ -59,6 +79,20 @@ def test_the_page_opens_offline_without_a_complaint_and_fits_its_window(
     picture = tmp_path / "seen.png"
     browser.screenshot(picture)
     assert _different_rows(picture) > 20
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_page_of_a_comparison_opens_and_fits_too(size: str, dark: bool, browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "compare.html"
+    path.write_text(compare_html.page(comparison()), encoding="utf-8")
+    browser.open(path, *SIZES[size], dark=dark)
+    assert browser.messages == []
+    assert browser.overflow() == []
+    assert browser.value("document.title") == "llmx compare"
+    assert browser.value("document.querySelectorAll('tbody tr').length") == 8
+    browser.screenshot(tmp_path / "seen.png")
+    assert _different_rows(tmp_path / "seen.png") > 20
 
 
 def test_every_fold_opens_and_still_fits_a_phone(browser: Browser, tmp_path: Path) -> None:
