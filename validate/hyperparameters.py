@@ -22,6 +22,8 @@ DEFAULTS: Mapping[str, Callable[[Architecture], object]] = {
     "rope.freq_base": lambda _: 10_000.0,
     "rope.freq_base_swa": lambda _: 10_000.0,
     "rope.scaling.attn_factor": lambda _: 1.0,
+    # The tensors of its factors say that a rope is a longrope.
+    "rope.scaling.type": lambda a: "longrope" if a.rope is not None and a.rope.kind == "longrope" else "linear",
     "attention.sliding_window": lambda _: 0,
     "attention.sliding_window_pattern": lambda a: [layer % 6 != 5 for layer in range(a.layers)],  # of gemma3
 }
