@@ -155,26 +155,13 @@ def export(request: ExportRequest) -> ExportResult:
         digests, solved = _written(prepared, partial)
         model.checkpoint.check_unchanged()
         seconds, peak = time.monotonic() - started, peak_rss_bytes()
-        files = tuple(
-            artifact.ArtifactFile(target, path.stat().st_size, artifact.file_sha256(path)).to_json()
-            for path, target in zip(partial, targets, strict=True)
-        )
+        files = _described(partial, targets)
         told = _told(prepared, solved)
         facts = _export_facts(prepared, told, files, digests, seconds, peak)
         proof = rebuilding.manifest_of(prepared, source_files, files, digests)
         if manifest is not None:
             rebuilding.check_rebuilt(proof, manifest)
-        report = None
-        if request.validate:
-            report = validate(
-                partial[0],
-                model,
-                text=request.text,
-                positions=request.positions,
-                limits=request.limits,
-                threads=request.threads,
-                facts=facts,
-            )
+        report = _judged(prepared, partial[0], facts) if request.validate else None
         kept.write_text(as_text({**proof, "runtime": rebuilding.runtime_of(report)}), encoding="utf-8")
         report_path = _publish([*partial, kept], targets, report, facts)
     return ExportResult(
@@ -188,6 +175,28 @@ def export(request: ExportRequest) -> ExportResult:
         plan=told,
         validation=report,
         solved=tuple(told["solved"]),
+    )
+
+
+def _described(partial: Sequence[Path], targets: Sequence[Path]) -> tuple[dict[str, Any], ...]:
+    """Name, bytes and sha256 of every file, under the name that it will have."""
+    from llmx.exporters.artifact import ArtifactFile, file_sha256
+
+    pairs = zip(partial, targets, strict=True)
+    return tuple(ArtifactFile(target, path.stat().st_size, file_sha256(path)).to_json() for path, target in pairs)
+
+
+def _judged(prepared: Prepared, artifact: Path, facts: dict[str, object]) -> Report:
+    """What the artifact's runtime says of it."""
+    request = prepared.request
+    return validate(
+        artifact,
+        prepared.model,
+        text=request.text,
+        positions=request.positions,
+        limits=request.limits,
+        threads=request.threads,
+        facts=facts,
     )
 
 
