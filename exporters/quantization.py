@@ -34,10 +34,11 @@ HELD_OUT_EVERY = 10  # sequences: a tenth judges what the others fitted
 # More tokens cost time in proportion to the model: about this many weights times tokens, within these bounds.
 WORK = 5.5e12
 FEWEST_TOKENS, MOST_TOKENS = 24_576, 131_072
-# Seconds of a whole calibrated export on one core, per weight and token: measured with three sweeps of refinement, so
-# too low for the ten of today. And what `auto` may take.
-SECONDS_PER_WORK = 8e-11
-AUTO_SECONDS = 600.0
+# Seconds of a whole calibrated export on one core, per weight and token: 150 CPU seconds for 42 M weights and 24,832
+# tokens, balanced. And up to which work `auto` calibrates: ten minutes on two cores, whatever cores there are, because
+# the same command makes the same bytes on any of them.
+SECONDS_PER_WORK = 1.5e-10
+AUTO_WORK = 8e12
 # Peak memory of a calibrated export: torch and the compiled solvers; bytes per token and channel of a layer's widest
 # tensors, float and quantized; bytes per weight of the largest matrix. Between 0.9 and 1.4 times what was measured.
 CALIBRATED_MEMORY, MEMORY_PER_CHANNEL, MEMORY_PER_SOLVED_WEIGHT = 500 << 20, 24, 16
@@ -252,7 +253,7 @@ def _why_not(wishes: Wishes, resolved: Mapping[str, Resolved], base: str, work: 
     if smallest >= EIGHT_BITS:
         return "8-bit weights are rounded to the nearest: a calibration has nothing to win there"
     seconds = work * SECONDS_PER_WORK / threads
-    if seconds > AUTO_SECONDS and _device(wishes.device) == "cpu":
+    if work > AUTO_WORK and _device(wishes.device) == "cpu":
         return (
             f"rounded to the nearest: calibrating would take about {seconds / 60:.0f} minutes here "
             "(--method gptq does it, --device cuda is faster)"

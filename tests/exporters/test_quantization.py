@@ -81,7 +81,7 @@ def test_auto_calibrates_a_model_that_takes_minutes(decide: Callable[..., Quanti
 def test_auto_says_why_it_does_not_calibrate(
     decide: Callable[..., Quantization], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantization, "AUTO_SECONDS", 0.001)
+    monkeypatch.setattr(quantization, "AUTO_WORK", 1.0)
     monkeypatch.setattr(quantization, "_device", lambda asked: "cpu")
     found = decide({"type": "Q4_K_M"})
     assert not found.calibrated and found.solver is None
@@ -98,7 +98,7 @@ def test_the_reason_stands_in_the_plan_the_report_and_the_words(
 ) -> None:
     from llmx import describe
 
-    monkeypatch.setattr(quantization, "AUTO_SECONDS", 0.001)
+    monkeypatch.setattr(quantization, "AUTO_WORK", 1.0)
     monkeypatch.setattr(quantization, "_device", lambda asked: "cpu")
     result = export("llama")
     told = json.loads(result.report_path.read_text())["export"]
