@@ -114,8 +114,8 @@ def prepare(model: Model, options: OnnxOptions) -> OnnxExport:
 def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]:
     """The forward pass as a graph of the dialect, its weights not yet placed.
 
-    Inputs: tokens i64[B, T], mask i64[B, S], positions i64[B, T] where the dialect needs them, and a layer's keys and values
-    float[B, kv heads, S - T, D] each. Outputs: logits f32[B, T, V] and the keys and values of all S positions.
+    Inputs: tokens i64[B, T], mask i64[B, S], positions i64[B, T] where the dialect needs them, and a layer's keys and
+    values float[B, kv heads, S - T, D] each. Outputs: logits f32[B, T, V], the keys and values of all S positions.
     """
     dialect, architecture = DIALECTS[options.dialect], model.architecture
     recorder = GraphRecorder(options.type_name)

@@ -35,9 +35,7 @@ class Attend(Protocol):
         ...
 
 
-def attend(
-    run: Run, layer: int, heads: Sequence[Heads], *, scale: float, window: int | None
-) -> Sequence[ir.Value]:
+def attend(run: Run, layer: int, heads: Sequence[Heads], *, scale: float, window: int | None) -> Sequence[ir.Value]:
     """ONNX's Attention. The mask is written out: what is causal over a cache, runtimes read in two ways."""
     q, k, v = (turned(run, one) for one in heads)
     counts = {"q_num_heads": heads[0].count, "kv_num_heads": heads[1].count}
@@ -51,7 +49,7 @@ def attend_grouped(
     """onnxruntime's GroupQueryAttention, which turns queries and keys itself where it can."""
     rope = heads[0].rope
     inside = rope is not None and turns_inside(rope)
-    q, k, v = ((one.value for one in heads) if inside else (turned(run, one) for one in heads))
+    q, k, v = (one.value for one in heads) if inside else (turned(run, one) for one in heads)
     tables = run.tables(rope) if rope is not None and inside else ()
     return run.graph.outputs(
         3,

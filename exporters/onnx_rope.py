@@ -12,9 +12,7 @@ from llmx.models.architecture import Rope, RopeKind
 from llmx.models.rope import inverse_frequencies, rope_tables
 
 
-def cos_and_sin(
-    graph: GraphRecorder, rope: Rope, positions: ir.Value, total: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+def cos_and_sin(graph: GraphRecorder, rope: Rope, positions: ir.Value, total: ir.Value) -> tuple[ir.Value, ir.Value]:
     """(cos, sin), each float[B, T, dim / 2], attention factor included, computed in float32 when the graph runs.
 
     positions: i64[B, T]. total: i64[1], the positions of the whole sequence, cached ones included.

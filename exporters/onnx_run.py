@@ -90,7 +90,9 @@ class Run:
         if window not in self._seen:
             near = self._causal
             if window is not None:
-                near = self.graph.node("And", near, self.graph.node("Less", self._distance, self.graph.constant(window)))
+                near = self.graph.node(
+                    "And", near, self.graph.node("Less", self._distance, self.graph.constant(window))
+                )
             self._seen[window] = self.graph.node("And", near, self._filled)
         return self._seen[window]
 

@@ -29,6 +29,19 @@ LEVELS: dict[str, str] = {
 }
 # Of matrices in fewer bits: by default they are multiplied in 8 bits, which hides small faults of a conversion.
 EXACT_ENTRIES = {"session.qdq_matmulnbits_accuracy_level": "1"}
+# onnxruntime's errors have no class in common.
+ERRORS = (
+    state.EPFail,
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.NoModel,
+    state.NoSuchFile,
+    state.NotFound,
+    state.NotImplemented,
+    state.RuntimeException,
+)
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -48,7 +61,7 @@ class LoadedGraph:
     ) -> None:
         started = time.monotonic()
         options = _options(threads, exact, level)
-        self._session = _refused(artifact, lambda: onnxruntime.InferenceSession(artifact, options, providers=[PROVIDER]))
+        self._session = _opened(artifact, options)
         self._inputs = {one.name: one for one in self._session.get_inputs()}
         self._outputs = [one.name for one in self._session.get_outputs()]
         self._context, self._batch = context, min(batch or BLOCK, context)
@@ -161,21 +174,11 @@ def _options(threads: int, exact: bool, level: str) -> onnxruntime.SessionOption
     return options
 
 
-# onnxruntime's errors have no class in common.
-_ERRORS = tuple(
-    getattr(state, name)
-    for name in (
-        "EPFail Fail InvalidArgument InvalidGraph InvalidProtobuf NoModel NoSuchFile NotFound NotImplemented "
-        "RuntimeException"
-    ).split()
-)
-
-
-def _refused(artifact: Path, load: Callable[[], Any]) -> Any:
-    """What load returns. Raises: IntegrityError with onnxruntime's words where it refuses the graph."""
+def _opened(artifact: Path, options: onnxruntime.SessionOptions) -> Any:
+    """Raises: IntegrityError with onnxruntime's words where it refuses the graph."""
     try:
-        return load()
-    except _ERRORS as error:
+        return onnxruntime.InferenceSession(artifact, options, providers=[PROVIDER])
+    except ERRORS as error:
         raise IntegrityError("onnxruntime refuses this graph", where=artifact, problems=[str(error)]) from error
 
 
@@ -183,5 +186,5 @@ def _failed(run: Callable[[], Any]) -> Any:
     """What run returns. Raises: CheckFailed with onnxruntime's words where the graph does not run."""
     try:
         return run()
-    except _ERRORS as error:
+    except ERRORS as error:
         raise CheckFailed("onnxruntime cannot run this graph", problems=[str(error)]) from error
