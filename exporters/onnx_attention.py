@@ -38,9 +38,14 @@ class Attend(Protocol):
 def attend(run: Run, layer: int, heads: Sequence[Heads], *, scale: float, window: int | None) -> Sequence[ir.Value]:
     """ONNX's Attention. The mask is written out: what is causal over a cache, runtimes read in two ways."""
     q, k, v = (turned(run, one) for one in heads)
-    counts = {"q_num_heads": heads[0].count, "kv_num_heads": heads[1].count}
-    inputs = (q, k, v, run.seen(window), *run.cached(layer))
-    return run.graph.outputs(3, "Attention", *inputs, scale=scale, **counts)
+    return run.graph.outputs(
+        3,
+        "Attention",
+        *(q, k, v, run.seen(window), *run.cached(layer)),
+        q_num_heads=heads[0].count,
+        kv_num_heads=heads[1].count,
+        scale=scale,
+    )
 
 
 def attend_grouped(

@@ -19,7 +19,7 @@ DATA_SUFFIX = ".data"  # appended to the graph's name
 
 # RMSNormalization, RotaryEmbedding and Attention came with 23. onnxruntime 1.32 has no kernels of some later operators.
 OPSET = 24
-IR_VERSION = 11  # the oldest that has all that is used here: runtimes refuse one newer than themselves
+IR_VERSION = 10  # has 4-bit integers, the newest thing that is used; runtimes refuse a version newer than themselves
 VENDOR_DOMAIN = "com.microsoft"
 VENDOR_OPSET = 1
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as state
+from onnxruntime.capi import onnxruntime_pybind11_state as state  # pyright: ignore[reportAttributeAccessIssue]
 
 from llmx.errors import CheckFailed, IntegrityError, UsageError
 from llmx.formats.onnx import LOGITS, MASK, PARTS, POSITIONS, TOKENS, past, present
