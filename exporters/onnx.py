@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from llmx.errors import IntegrityError, UsageError
 from llmx.exporters.onnx_attention import Attend, attend, attend_grouped
+from llmx.exporters.onnx_experts import Mix, mix, mix_routed
 from llmx.exporters.onnx_fusion import fuse_skips
 from llmx.exporters.onnx_graph import GraphRecorder, Stored
 from llmx.exporters.onnx_ops import RecordingOps, Rows
@@ -51,14 +52,15 @@ class Dialect:
     name: str
     opsets: Mapping[str, int]
     attend: Attend
+    mix: Mix
     finish: Callable[[ir.Graph], object]
 
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
-        Dialect("standard", {"": OPSET}, attend, lambda graph: None),
-        Dialect("ort", {"": OPSET, VENDOR_DOMAIN: VENDOR_OPSET}, attend_grouped, fuse_skips),
+        Dialect("standard", {"": OPSET}, attend, mix, lambda graph: None),
+        Dialect("ort", {"": OPSET, VENDOR_DOMAIN: VENDOR_OPSET}, attend_grouped, mix_routed, fuse_skips),
     )
 }
 
@@ -105,7 +107,7 @@ def prepare(model: Model, options: OnnxOptions) -> OnnxExport:
         type_name=options.type_name,
         steps=tuple(_step(one) for one in stored),
         files=(PlannedFile(MODEL_NAME, len(_serialized(graph))), PlannedFile(data_name, data_bytes)),
-        notes=notes(model.architecture),
+        notes=notes(model.architecture, graph),
         peak_memory_bytes=_BASE_MEMORY + _MEMORY_PER_WEIGHT * max(_chunk_rows(one) * one.shape[-1] for one in stored),
     )
     return OnnxExport(plan, model, options, graph, stored, tuple(offsets))
@@ -120,7 +122,7 @@ def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]
     dialect, architecture = DIALECTS[options.dialect], model.architecture
     recorder = GraphRecorder(options.type_name)
     run = Run(recorder, architecture)
-    ops = RecordingOps(run, dialect.attend)
+    ops = RecordingOps(run, dialect.attend, dialect.mix)
     tokens, _, positions = Rows(run.tokens), run.mask, Rows(run.positions)  # declared in this order
     logits = run.batched(forward(model, ops, tokens, positions).value)
     if options.type_name != "F32":
@@ -148,9 +150,9 @@ def _declare(value: ir.Value, name: str, kind: ir.DataType, shape: Sequence[int 
     value.name, value.type, value.shape = name, ir.TensorType(kind), ir.Shape(shape)
 
 
-def notes(architecture: Architecture) -> tuple[str, ...]:
+def notes(architecture: Architecture, graph: ir.Model) -> tuple[str, ...]:
     """What the graph does otherwise than a user may expect."""
-    if not any(architecture.sparse_layers):
+    if not any(architecture.sparse_layers) or any(node.op_type == "MoE" for node in graph.graph):
         return ()
     return (
         f"every token runs through all {architecture.experts} experts of a layer, not only through the "
@@ -176,7 +178,7 @@ def check_weights(export: OnnxExport) -> None:
     problems = []
     limit = largest_weight(export.options.type_name)
     with track(export.model.checkpoint.nbytes, "checking weights") as progress:
-        for weight in (one.weight for one in export.stored if one.weight is not None):
+        for weight in (weight for one in export.stored for weight in one.read):
             found = check_finite(weight)
             weight.release()
             progress.advance(weight.nbytes)
@@ -221,12 +223,13 @@ def _blocks(one: Stored) -> Iterator[np.ndarray]:
     if one.table is not None:
         yield np.ascontiguousarray(one.table, kind)
         return
-    weight, step = one.weight, _chunk_rows(one)
-    assert weight is not None, "a stored weight has values or is read"
-    for start in range(0, weight.rows, step):
-        stop = min(start + step, weight.rows)
-        rows = weight.read(start, stop)
-        weight.release(start, stop)
+    weights, step = one.read, _chunk_rows(one)
+    for start in range(0, weights[0].rows, step):
+        stop = min(start + step, weights[0].rows)
+        parts = [weight.read(start, stop) for weight in weights]
+        for weight in weights:
+            weight.release(start, stop)
+        rows = parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
         if one.offset:
             rows += np.float32(one.offset)
         yield np.ascontiguousarray(rows, kind)

@@ -21,14 +21,21 @@ class Stored:
     """One weight of the artifact: how it is named, shaped and typed there, and what it is read from.
 
     table: made by the exporter (a rope table) instead of read; f32[shape]. offset: added to every value read.
+    between: its rows alternate with those of weight, which come first.
     """
 
     name: str
     shape: tuple[int, ...]
     type_name: str
     weight: Weight | None = None
+    between: Weight | None = None
     table: np.ndarray | None = None
     offset: float = 0.0
+
+    @property
+    def read(self) -> tuple[Weight, ...]:
+        """What the checkpoint gives."""
+        return tuple(weight for weight in (self.weight, self.between) if weight is not None)
 
     @property
     def nbytes(self) -> int:

@@ -6,12 +6,12 @@ checkpoint stores it, bias included, and a tied head shares the embedding's byte
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from llmx.exporters.onnx_attention import Attend, Heads
+from llmx.exporters.onnx_experts import Activate, Experts, Mix
 from llmx.exporters.onnx_graph import GraphRecorder
 from llmx.exporters.onnx_run import Run
 from llmx.formats.onnx import PARTS, present
@@ -41,7 +41,7 @@ def _gelu_tanh(graph: GraphRecorder, x: ir.Value) -> ir.Value:
     return graph.node("Gelu", x, approximate="tanh")
 
 
-ACTIVATIONS: dict[Activation, Callable[[GraphRecorder, ir.Value], ir.Value]] = {
+ACTIVATIONS: dict[Activation, Activate] = {
     "silu": _silu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
@@ -50,11 +50,11 @@ NORMS: dict[NormKind, str] = {"rms": "RMSNormalization", "layer": "LayerNormaliz
 
 
 class RecordingOps:
-    """Ops over values of a graph. attend: the dialect's attention. presents: the caches that a run leaves, by name."""
+    """Ops over values of a graph. attend, mix: as the dialect does it. presents: the caches a run leaves, by name."""
 
-    def __init__(self, run: Run, attend: Attend) -> None:
+    def __init__(self, run: Run, attend: Attend, mix: Mix) -> None:
         self.presents: dict[str, ir.Value] = {}
-        self._run, self._graph, self._attend = run, run.graph, attend
+        self._run, self._graph, self._attend, self._mix = run, run.graph, attend, mix
 
     def embed(self, indices: Rows, table: Weight) -> Rows:
         flat = self._graph.node("Reshape", indices.value, self._graph.constant([-1]))
@@ -117,27 +117,6 @@ class RecordingOps:
         normalize: bool,
         activation: Activation,
     ) -> Rows:
-        """Every expert computes every row; the router's share, zero for most, multiplies what it gives.
-
-        With rows as columns, [experts, out, in] times [in, R], the stacked weights serve as they are stored.
-        """
-        graph = self._graph
-        columns = graph.node("Transpose", x.value, perm=[1, 0])
-        gate, up, down = (graph.weight(matrix) for matrix in matrices)
-        gated = ACTIVATIONS[activation](graph, graph.node("MatMul", gate, columns))
-        states = graph.node("Mul", gated, graph.node("MatMul", up, columns))
-        shares = self._shares(x.value, router, used, normalize)
-        mixed = graph.node("MatMul", down, graph.node("Mul", states, shares))
-        summed = graph.node("ReduceSum", mixed, graph.constant([0]), keepdims=0)
-        return Rows(graph.node("Transpose", summed, perm=[1, 0]))
-
-    def _shares(self, rows: ir.Value, router: Weight, used: int, normalize: bool) -> ir.Value:
-        """float[experts, 1, R]: what each row takes of each expert."""
-        graph = self._graph
-        shares = graph.node("Softmax", graph.node("Gemm", rows, graph.weight(router), transB=1), axis=-1)
-        weights, chosen = graph.outputs(2, "TopK", shares, graph.constant([used]), axis=-1)
-        if normalize:
-            weights = graph.node("Div", weights, graph.node("ReduceSum", weights, graph.constant([-1]), keepdims=1))
-        nothing = graph.node("Mul", shares, graph.number(0))
-        spread = graph.node("ScatterElements", nothing, chosen, weights, axis=1)
-        return graph.node("Unsqueeze", graph.node("Transpose", spread, perm=[1, 0]), graph.constant([1]))
+        scores = self._graph.node("Gemm", x.value, self._graph.weight(router), transB=1)
+        experts = Experts(matrices, used, normalize, activation, ACTIVATIONS[activation])
+        return Rows(self._mix(self._graph, x.value, scores, experts))

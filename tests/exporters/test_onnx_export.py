@@ -83,6 +83,21 @@ def test_the_graph_of_onnxruntime_joins_sums_and_norms(tmp_path: Path) -> None:
     assert "Add" not in [node.op_type for node in planned.graph.graph]
 
 
+def test_experts_run_through_one_operator_where_there_is_a_kernel(tmp_path: Path) -> None:
+    save(CASES["mixtral"], tmp_path / "model")
+    model = open_model(tmp_path / "model")
+    kinds = {
+        (dialect, type_name): [
+            node.op_type for node in prepare(model, OnnxOptions(type_name, dialect)).graph.graph
+        ].count("MoE")
+        for dialect in DIALECTS
+        for type_name in ("F32", "F16")
+    }
+    assert kinds == {("standard", "F32"): 0, ("standard", "F16"): 0, ("ort", "F32"): 2, ("ort", "F16"): 0}
+    assert "all 5 experts" in prepare(model, OnnxOptions("F16", "ort")).plan.notes[0]
+    assert not prepare(model, OnnxOptions("F32", "ort")).plan.notes
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_files_are_as_large_as_planned_and_the_same_every_time(dialect: str, tmp_path: Path) -> None:
     save(CASES["qwen3"], tmp_path / "model")
