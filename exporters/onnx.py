@@ -18,6 +18,7 @@ from llmx.errors import IntegrityError, UsageError
 from llmx.exporters.onnx_attention import Attend, attend, attend_grouped
 from llmx.exporters.onnx_experts import Mix, mix, mix_routed
 from llmx.exporters.onnx_fusion import fuse_skips
+from llmx.exporters.onnx_genai import NO_TOKENIZER, companions
 from llmx.exporters.onnx_graph import GraphRecorder, Stored
 from llmx.exporters.onnx_ops import RecordingOps, Rows
 from llmx.exporters.onnx_run import Run
@@ -36,6 +37,7 @@ from llmx.formats.onnx import (
 from llmx.models.architecture import Architecture
 from llmx.models.decoder import forward
 from llmx.models.model import Model, check_finite
+from llmx.models.tokenizer import Tokenizer
 from llmx.progress import track
 from llmx.quant.grid import largest_weight
 
@@ -47,20 +49,26 @@ _MEMORY_PER_WEIGHT = 16
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """Which operators a graph may hold. opsets: domain -> version. finish: what is joined after recording."""
+    """Which operators a graph may hold. opsets: domain -> version. finish: what is joined after recording.
+
+    shares_cache: attention can write new keys and values into the buffer of the old ones.
+    """
 
     name: str
     opsets: Mapping[str, int]
     attend: Attend
     mix: Mix
     finish: Callable[[ir.Graph], object]
+    shares_cache: bool
 
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
-        Dialect("standard", {"": OPSET}, attend, mix, lambda graph: None),
-        Dialect("ort", {"": OPSET, VENDOR_DOMAIN: VENDOR_OPSET}, attend_grouped, mix_routed, fuse_skips),
+        Dialect("standard", {"": OPSET}, attend, mix, lambda graph: None, shares_cache=False),
+        Dialect(
+            "ort", {"": OPSET, VENDOR_DOMAIN: VENDOR_OPSET}, attend_grouped, mix_routed, fuse_skips, shares_cache=True
+        ),
     )
 }
 
@@ -75,7 +83,10 @@ class OnnxOptions:
 
 @dataclass(frozen=True, slots=True)
 class OnnxExport:
-    """A planned export: `plan` for the user, the rest for `write`. offsets: of each stored weight in the data file."""
+    """A planned export: `plan` for the user, the rest for `write`.
+
+    offsets: of each stored weight in the data file. companions: the files beside the graph, by name.
+    """
 
     plan: Plan
     model: Model
@@ -83,11 +94,13 @@ class OnnxExport:
     graph: ir.Model
     stored: tuple[Stored, ...]
     offsets: tuple[int, ...]
+    companions: Mapping[str, bytes]
 
 
-def prepare(model: Model, options: OnnxOptions) -> OnnxExport:
+def prepare(model: Model, options: OnnxOptions, tokenizer: Tokenizer | None = None) -> OnnxExport:
     """Record the graph and plan the export without reading a weight.
 
+    tokenizer: with it, the folder is one that onnxruntime-genai loads.
     Raises: UsageError for a dialect or a type that there is not.
     """
     if options.dialect not in DIALECTS:
@@ -102,15 +115,26 @@ def prepare(model: Model, options: OnnxOptions) -> OnnxExport:
         recorder.values[one.name].const_value = ir.ExternalTensor(
             data_name, offset, one.nbytes, recorder.float_type, shape=ir.Shape(one.shape), name=one.name
         )
+    beside = {} if tokenizer is None else _beside(model, tokenizer, graph, DIALECTS[options.dialect])
     plan = Plan(
         format="onnx",
         type_name=options.type_name,
         steps=tuple(_step(one) for one in stored),
-        files=(PlannedFile(MODEL_NAME, len(_serialized(graph))), PlannedFile(data_name, data_bytes)),
-        notes=notes(model.architecture, graph),
+        files=(
+            PlannedFile(MODEL_NAME, len(_serialized(graph))),
+            PlannedFile(data_name, data_bytes),
+            *(PlannedFile(name, len(content)) for name, content in beside.items()),
+        ),
+        notes=(*notes(model.architecture, graph), *([NO_TOKENIZER] if tokenizer is not None and not beside else [])),
         peak_memory_bytes=_BASE_MEMORY + _MEMORY_PER_WEIGHT * max(_chunk_rows(one) * one.shape[-1] for one in stored),
     )
-    return OnnxExport(plan, model, options, graph, stored, tuple(offsets))
+    return OnnxExport(plan, model, options, graph, stored, tuple(offsets), beside)
+
+
+def _beside(model: Model, tokenizer: Tokenizer, graph: ir.Model, dialect: Dialect) -> dict[str, bytes]:
+    inputs = {str(value.name) for value in graph.graph.inputs}
+    folder = model.checkpoint.folder
+    return companions(model.architecture, tokenizer, folder, inputs, shares_cache=dialect.shares_cache)
 
 
 def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]:
@@ -193,11 +217,11 @@ def check_weights(export: OnnxExport) -> None:
 
 
 def write(export: OnnxExport, targets: Sequence[Path]) -> tuple[str, ...]:
-    """Write the graph and the data file, and return the sha256 of each weight's bytes, in file order.
+    """Write all files, and return the sha256 of each weight's bytes, in file order.
 
-    targets: the two files, as the plan names them. The graph goes last: without it there is no artifact.
+    targets: a path for each file of the plan. The graph goes last: without it there is no artifact.
     """
-    graph, data = targets
+    graph, data, *others = targets
     digests = []
     with data.open("wb") as stream, track(sum(one.nbytes for one in export.stored), "writing") as progress:
         stream.truncate(export.plan.files[1].nbytes)
@@ -209,6 +233,8 @@ def write(export: OnnxExport, targets: Sequence[Path]) -> tuple[str, ...]:
                 digest.update(block.data)
                 progress.advance(block.nbytes)
             digests.append(digest.hexdigest())
+    for path, content in zip(others, export.companions.values(), strict=True):
+        path.write_bytes(content)
     graph.write_bytes(_serialized(export.graph))
     return tuple(digests)
 
