@@ -98,6 +98,25 @@ def test_the_level_of_optimization_is_settable(artifact: Path) -> None:
 
 
 @needs_runtime
+def test_data_that_is_cut_or_lies_outside_the_folder_is_refused(artifact: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    data = artifact.with_name("model.onnx.data").read_bytes()
+    (tmp_path / "model.onnx").write_bytes(artifact.read_bytes())
+    (tmp_path / "model.onnx.data").write_bytes(data[:4096])
+    with pytest.raises(IntegrityError, match="refuses"):
+        OnnxRuntime().open(tmp_path / "model.onnx", threads=1, context=8)
+    (tmp_path / "model.onnx.data").write_bytes(data)
+    graph = onnx.load(artifact, load_external_data=False)
+    for entry in (entry for one in graph.graph.initializer for entry in one.external_data if entry.key == "location"):
+        entry.value = "../model.onnx.data"
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "model.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(IntegrityError, match="refuses"):
+        OnnxRuntime().open(inner / "model.onnx", threads=1, context=8)
+
+
+@needs_runtime
 def test_broken_artifacts_and_wrong_questions_are_refused(artifact: Path, tmp_path: Path) -> None:
     alone = tmp_path / "model.onnx"
     alone.write_bytes(artifact.read_bytes())
