@@ -34,7 +34,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 $(TESTABLE): $(READY)
-	$(INSTALL) --editable '.[llamacpp,dev]'
+	$(INSTALL) --editable '.[llamacpp,onnx,dev]'
 	touch $(TESTABLE)
 
 clean:

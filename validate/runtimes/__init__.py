@@ -23,6 +23,7 @@ ENTRY_POINTS = "llmx.runtimes"
 # name -> "module:callable without arguments that gives a Runtime". Third parties add to it by the entry points above.
 RUNTIMES: dict[str, str] = {
     "llama.cpp": "llmx.validate.runtimes.llamacpp:LlamaCpp",
+    "onnxruntime": "llmx.validate.runtimes.onnxruntime:OnnxRuntime",
 }
 
 

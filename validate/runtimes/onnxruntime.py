@@ -1,0 +1,152 @@
+"""onnxruntime as a runtime, on its CPU provider: every call crosses to a worker process.
+
+It runs graphs and knows no text: what is about tokens and templates, onnxruntime-genai has to be asked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Never, Self
+
+import numpy as np
+
+from llmx.errors import IntegrityError, RuntimeMissing, UsageError
+from llmx.validate.runtimes import Speed
+from llmx.validate.runtimes.worker_process import WorkerProcess
+
+WORKER = "llmx.validate.runtimes.onnxruntime_worker"
+LABEL = "onnxruntime"
+LEVELS = ("none", "basic", "extended", "all")
+ANSWER_SECONDS = 1800.0
+NO_TEXT = "plain onnxruntime has no tokenizer and no chat template"
+
+
+class OnnxRuntime:
+    """onnxruntime on the processor."""
+
+    name = "onnxruntime"
+
+    def __init__(self, *, level: str = "all", answer_seconds: float = ANSWER_SECONDS) -> None:
+        """level: how far onnxruntime rewrites the graph, one of LEVELS. answer_seconds: the worker's time limit."""
+        if level not in LEVELS:
+            raise UsageError(f"no optimization level is called {level!r}", fix=f"choose one of: {', '.join(LEVELS)}")
+        self._level, self._answer_seconds = level, answer_seconds
+
+    def unavailable(self) -> str | None:
+        """Return why onnxruntime cannot run here, or None."""
+        return None if importlib.util.find_spec("onnxruntime") else "the package onnxruntime is not installed"
+
+    def open(
+        self, artifact: Path, *, threads: int, context: int, exact: bool = False, batch: int | None = None
+    ) -> OnnxRuntimeSession:
+        """Load a graph, its data file beside it, and return the session.
+
+        exact: matrices of few bits are multiplied in float32, where onnxruntime would round their inputs to 8 bits.
+        batch: positions run at once at most, 512 where it is None.
+        Raises RuntimeMissing; UsageError; IntegrityError with onnxruntime's own words, also where it dies.
+        """
+        if (reason := self.unavailable()) is not None:
+            raise RuntimeMissing(f"onnxruntime is not available: {reason}", fix="pip install 'llmx[onnx]'")
+        artifact = Path(artifact).absolute()
+        if not artifact.is_file():
+            raise UsageError("there is no such file", where=artifact)
+        if threads < 1 or context < 1:
+            raise UsageError(f"threads = {threads} and context = {context} must both be at least 1")
+        if batch is not None and batch < 1:
+            raise UsageError(f"batch = {batch} must be at least 1")
+        options = {"threads": threads, "context": context, "exact": exact, "batch": batch, "level": self._level}
+        return OnnxRuntimeSession(artifact, self._answer_seconds, options)
+
+
+class OnnxRuntimeSession:
+    """One loaded graph; see `Session`. Not to be shared between threads."""
+
+    def __init__(self, artifact: Path, answer_seconds: float, options: Mapping[str, Any]) -> None:
+        self._artifact = artifact
+        self._sequence = 0
+        self._worker = WorkerProcess(WORKER, label=LABEL, timeout=answer_seconds, environment={})
+        try:
+            answer, _ = self._worker.ask(
+                "open", death=IntegrityError, where=artifact, artifact=str(artifact), **options
+            )
+        except BaseException:
+            self._worker.close()
+            raise
+        self.build: str = answer["build"]
+        self.vocab: int = answer["vocab"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def logits(self, tokens: Sequence[int], decode_from: int | None = None) -> Iterator[np.ndarray]:
+        """Yield f32[t, V] blocks that cover every position in order; one sequence at a time.
+
+        decode_from: positions from it on run one at a time through the cache. Asking for another sequence ends this
+        one, and fetching from it then raises UsageError.
+        """
+        self._sequence += 1
+        mine = self._sequence
+        self._ask("logits", tokens=_plain(tokens), decode_from=decode_from)
+        while True:
+            if mine != self._sequence:
+                raise UsageError("this sequence ended when the session was asked for another")
+            block = self._ask("next block")[1]
+            if block is None:
+                return
+            yield block
+
+    def generate(self, tokens: Sequence[int], count: int, ends: Sequence[int] = ()) -> list[int]:
+        """Return up to count greedy ids; one of ends, which a bare graph does not know, ends them and is the last."""
+        self._sequence += 1
+        return self._ask("generate", tokens=_plain(tokens), count=count, ends=_plain(ends))[0]["ids"]
+
+    def extend(self, tokens: Sequence[int], keep: int = 0) -> np.ndarray:
+        """Return f32[V], the logits after the first keep positions of the last sequence and tokens."""
+        self._sequence += 1
+        block = self._ask("extend", tokens=_plain(tokens), keep=keep)[1]
+        assert block is not None, "the answer to extend has a block"
+        return block[0]
+
+    def speed(self, prefill: int, decode: int) -> Speed:
+        """Return the speed. peak_rss_bytes is the worker's since it started."""
+        self._sequence += 1
+        return Speed(**self._ask("speed", prefill=prefill, decode=decode)[0])
+
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Raises RuntimeMissing, as do `piece`, `special` and `render`."""
+        return self._no_text()
+
+    def piece(self, token: int) -> bytes:
+        return self._no_text()
+
+    def special(self) -> Mapping[str, object]:
+        return self._no_text()
+
+    def render(self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str | None:
+        return self._no_text()
+
+    def template_unavailable(self) -> str | None:
+        """Return why `render` gives nothing here."""
+        return NO_TEXT
+
+    def close(self) -> None:
+        """Stop the worker process. May be called twice."""
+        self._worker.close()
+
+    def _no_text(self) -> Never:
+        raise RuntimeMissing(f"{NO_TEXT}; onnxruntime-genai has both", where=self._artifact)
+
+    def _ask(self, command: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+        return self._worker.ask(command, where=self._artifact, **arguments)
+
+
+def _plain(tokens: Sequence[int]) -> list[int]:
+    return [int(token) for token in tokens]
