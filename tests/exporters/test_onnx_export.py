@@ -24,7 +24,7 @@ REASON = OnnxRuntime().unavailable()
 needs_runtime = pytest.mark.skipif(REASON is not None, reason=f"onnxruntime: {REASON}")
 if REASON is None:  # within this process: a worker for each of a hundred graphs would take most of the time
     from llmx.validate.runtimes.onnxruntime_model import LoadedGraph
-MAX_KL = 1e-6  # issue 5, "What it must show", 1
+MAX_KL = 1e-6
 MAX_DIFFERENCE = 2e-4  # of logits of size 10
 FAMILIES = ("llama, tied", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3", "phi3", "gpt2")
 DECODED = 6  # positions through the cache
