@@ -1,6 +1,7 @@
 """Reconstruction: AWQ and GPTQ on 4-bit groups of 128, ours against the published procedures, same layers, same data.
 
-    python bench/reconstruction.py MODEL --text calib.txt --judge eval.txt [--layers 0,3,7] [--tokens 8192] [--threads 2] [--json FILE]
+    python bench/reconstruction.py MODEL --text calib.txt --judge eval.txt [--layers 0,3,7] [--tokens 8192] \\
+        [--threads 2] [--json FILE]
 
 The published procedures are written out below from their papers and READMEs:
 
