@@ -86,7 +86,7 @@ def _judged(e: Evidence, figures: Mapping[str, float], limits: Mapping[str, floa
         return Suspect(e.entry.name, e.entry.layer, float("inf"), f"{e.not_finite} of its values are NaN or infinite")
     scores = {name: value / limits[name] for name, value in figures.items()}
     worst = max(scores, key=lambda name: scores[name])
-    told = "unlike" if e.zero_rows and scores["unlike"] > 1 else worst
+    told = "unlike" if e.zero_rows else worst
     return Suspect(e.entry.name, e.entry.layer, scores[worst], REASONS[told](e, figures[told]))
 
 
