@@ -69,6 +69,21 @@ class GgufFile:
     trailing_bytes: int
     maps: tuple[mmap.mmap, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """The size of all its files."""
+        return sum(path.stat().st_size for path in self.paths)
+
+    @property
+    def weights(self) -> int:
+        """How many values its tensors hold."""
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of the tensors' data; None for a file without any."""
+        return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / self.weights if self.weights else None
+
     def bytes(self, name: str) -> np.ndarray:
         """Returns uint8[nbytes], a read-only view of the mapped file."""
         tensor = self.tensors[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +47,14 @@ def inspect(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError("there is no such file", where=path)
     file = read_gguf_set(path)
-    tensors = list(file.tensors.values())
-    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    tensors, bits = file.tensors.values(), file.bits_per_weight
     return {
         "format": "gguf",
         "version": file.version,
         "files": [str(shard) for shard in file.paths],
-        "bytes": sum(shard.stat().st_size for shard in file.paths),
-        "parameters": parameters,
-        "bits_per_weight": round(8 * sum(t.nbytes for t in tensors) / parameters, 4) if parameters else None,
+        "bytes": file.nbytes,
+        "parameters": file.weights,
+        "bits_per_weight": None if bits is None else round(bits, 4),
         "metadata": {key: {"type": file.types[key], "value": value} for key, value in file.metadata.items()},
         "tensors": [{"name": t.name, "shape": list(t.shape), "type": t.type_name, "bytes": t.nbytes} for t in tensors],
     }

@@ -43,6 +43,11 @@ class LlmxError(Exception):
             "exit_code": self.exit_code,
         }
 
+    @property
+    def one_line(self) -> str:
+        """The whole text on one line, for a cell or a check's detail."""
+        return "; ".join(line.strip() for line in str(self).splitlines() if line.strip())
+
     def _text(self) -> str:
         lines = [self.what]
         lines += [f"  - {problem}" for problem in self.problems]

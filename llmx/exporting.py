@@ -19,9 +19,11 @@ from llmx.validating import REPORT_NAME, available_cores, check_threads, require
 if TYPE_CHECKING:
     from llmx.exporters.gguf import GgufExport
     from llmx.exporters.manifest_reader import Manifest
-    from llmx.exporters.quantization import Quantization
+    from llmx.exporters.quantization import Quantization, Wishes
     from llmx.exporters.solving import Solved
+    from llmx.models.calibration_text import CalibrationText
     from llmx.models.model import Model
+    from llmx.models.tokenizer import Tokenizer
     from llmx.validate.case import Limits
     from llmx.validate.report import Report
 
@@ -249,29 +251,15 @@ def _prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
     from llmx.exporters import gguf, gguf_types, quantization
     from llmx.formats.gguf import parse_size
     from llmx.formats.imatrix import read_imatrix
-    from llmx.models.calibration_text import read_calibration
     from llmx.models.model import open_model
     from llmx.models.tokenizer import open_tokenizer
 
     _check_request(request)
     threads = request.threads or available_cores()
-    named = request.type_name
-    if named is None and request.bits is not None:
-        named = gguf_types.file_type_of_bits(request.bits).name
-    elif named is not None:
-        named = gguf_types.file_type(named).name
-    wishes = quantization.Wishes(
-        recipe=request.recipe,
-        method=request.method,
-        effort=request.effort,
-        calibration=request.calibration,
-        tokens=request.calibration_tokens,
-        statistics=request.statistics,
-        device=request.device,
-        importance=request.imatrix is not None,
-        calibrate=None if manifest is None else manifest.told["calibration"] is not None,
+    wishes = _wishes(request, manifest)
+    recipe = (
+        quantization.chosen_recipe(wishes, _named_type(request)) if manifest is None else rebuilding.recipe_of(manifest)
     )
-    recipe = quantization.chosen_recipe(wishes, named) if manifest is None else rebuilding.recipe_of(manifest)
     chosen = quantization.file_type_of(recipe)
     overrides = gguf_types.parse_overrides(request.tensor_types)
     importance = None if request.imatrix is None else read_imatrix(request.imatrix)
@@ -294,18 +282,51 @@ def _prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
     tokenizer = open_tokenizer(model.checkpoint.folder)
     exporter = gguf.prepare(model, tokenizer, options)
     if request.target_size is not None or request.target_bpw is not None:
-        from llmx.exporters.budget import Budget, within_budget
-
-        size = None if request.target_size is None else parse_size(request.target_size)
-        text = decided.text or (None if request.calibration is None else read_calibration(request.calibration))
-        budget = Budget(size, request.target_bpw)
-        exporter = within_budget(model, tokenizer, exporter, budget, text, threads)
+        exporter = _within_budget(request, exporter, tokenizer, decided.text, threads)
     if decided.calibrated and not quantization.assignments(decided, gguf.canonical_types(exporter)):
         raise UsageError(
             f"a {chosen.name} file holds no quantized tensor: there is nothing to calibrate",
             fix="leave out --method and --calibration, or choose a smaller type",
         )
     return Prepared(request, model, exporter, decided, threads)
+
+
+def _named_type(request: ExportRequest) -> str | None:
+    """The mix that --type or --bits names, as it is spelt."""
+    from llmx.exporters.gguf_types import file_type, file_type_of_bits
+
+    if request.type_name is not None:
+        return file_type(request.type_name).name
+    return None if request.bits is None else file_type_of_bits(request.bits).name
+
+
+def _wishes(request: ExportRequest, manifest: Manifest | None) -> Wishes:
+    from llmx.exporters.quantization import Wishes
+
+    return Wishes(
+        recipe=request.recipe,
+        method=request.method,
+        effort=request.effort,
+        calibration=request.calibration,
+        tokens=request.calibration_tokens,
+        statistics=request.statistics,
+        device=request.device,
+        importance=request.imatrix is not None,
+        calibrate=None if manifest is None else manifest.told["calibration"] is not None,
+    )
+
+
+def _within_budget(
+    request: ExportRequest, exporter: GgufExport, tokenizer: Tokenizer, text: CalibrationText | None, threads: int
+) -> GgufExport:
+    """The export planned anew within --target-size or --target-bpw."""
+    from llmx.exporters.budget import Budget, within_budget
+    from llmx.formats.gguf import parse_size
+    from llmx.models.calibration_text import read_calibration
+
+    size = None if request.target_size is None else parse_size(request.target_size)
+    text = text or (None if request.calibration is None else read_calibration(request.calibration))
+    return within_budget(exporter.model, tokenizer, exporter, Budget(size, request.target_bpw), text, threads)
 
 
 def _check_request(request: ExportRequest) -> None:

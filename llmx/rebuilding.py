@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,9 +188,10 @@ def _check_given(option: str, path: Path | None, wanted: Mapping[str, Any] | Non
 
 
 def _check_file(path: Path, wanted: Mapping[str, Any], what: str) -> None:
+    from llmx.exporters.artifact import file_sha256
+
     if not path.is_file():
         raise UsageError("there is no such file", where=path)
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = file_sha256(path)
     if found != wanted["sha256"]:
         raise IntegrityError(what, where=path, problems=[f"sha256 {found} instead of {wanted['sha256']}"])

@@ -6,16 +6,20 @@ import base64
 import io
 import json
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Done
 
 # Before numpy and torch are imported: threads of theirs that spin beside other tests' take longer than one alone.
 for _library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
 
+from llmx import cli  # noqa: E402
 from llmx.models.pretokenizers import QWEN2  # noqa: E402
 from llmx.validate.corpus import CORPUS  # noqa: E402
 from llmx.validate.report import Report, json_schema  # noqa: E402
@@ -203,3 +207,22 @@ def every_report_of_a_validation_keeps_to_the_schema() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Report, "__init__", checked)
         yield
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
+    """here(arguments): the command run in this process, which has imported everything already."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["llmx", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        code = left.value.code
+        shown = capsys.readouterr()
+        assert code is None or isinstance(code, int)
+        return Done(code or 0, shown.out, shown.err)
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)

@@ -8,15 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Done
 from jsonschema import Draft202012Validator
 
-from llmx import cli
 from llmx.exporters.manifest import json_schema
 from llmx.validate.runtimes import find_runtime
 from llmx.validate.sample_text import SAMPLE_TEXT
@@ -26,35 +25,6 @@ EXAMPLE = ROOT / "examples" / "tiny-qwen3"
 ROUNDED = ("--method", "rtn", "--no-validate", "--threads", 1)
 SPLIT = ("--split-max-size", "700KB", "--tensor-type", "attn_v=Q8_0")
 SOLVED = ("--method", "gptq", "--effort", "fast", "--calibration-tokens", 2048, "--device", "cpu", "--no-validate")
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def told(self) -> Any:
-        return json.loads(self.stdout)
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
-    """here(arguments): the command run in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["llmx", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        shown = capsys.readouterr()
-        assert left.value.code is None or isinstance(left.value.code, int)
-        return Done(left.value.code or 0, shown.out, shown.err)
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
+from commands import Done
 
-from llmx import cli
 from llmx.cli import commands
 from llmx.formats.gguf import read_gguf
 from llmx.formats.imatrix import read_imatrix
@@ -33,37 +30,6 @@ BUDGET_BITS = 4.6
 def llmx(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "llmx.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def told(self) -> Any:
-        """The one JSON object of stdout."""
-        return json.loads(self.stdout)
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
-    """here(arguments): the command run in this process, which has imported everything already."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["llmx", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        code = left.value.code
-        shown = capsys.readouterr()
-        assert code is None or isinstance(code, int)
-        return Done(code or 0, shown.out, shown.err)
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")

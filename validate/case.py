@@ -180,11 +180,6 @@ class Case:
         family = gguf_family(a)
         return entries(a, family, min(a.vocab, self.tokens.size) if family.cut_padding_rows else a.vocab)
 
-    @property
-    def bits_per_weight(self) -> float:
-        tensors = self.file.tensors.values()
-        return 8 * sum(tensor.nbytes for tensor in tensors) / sum(prod(tensor.shape) for tensor in tensors)
-
 
 def chunks(ids: Sequence[int], leading: Sequence[int], length: int, count: int) -> Iterator[list[int]]:
     """Yields up to `count` sequences of `length` tokens that do not overlap, each opened by `leading`."""

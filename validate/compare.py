@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
-from math import isnan, prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from llmx.validate.case import PARALLEL_PARAMETERS
 from llmx.validate.charts import frontier
 from llmx.validate.metrics import Comparison
 from llmx.validate.record import Header, Record, compared, ids_digest
-from llmx.validate.report import EXIT_CODES
+from llmx.validate.report import EXIT_CODES, plain
 from llmx.validate.runtimes import Runtime, Session
 
 SCHEMA = "llmx.compare/1"  # raise the number when a key changes its meaning or goes away
@@ -91,7 +90,7 @@ class Table:
                 "drawn": h.drawn,
                 "kl": "estimated" if h.drawn else "exact",
             },
-            "artifacts": [{name: _plain(value) for name, value in asdict(row).items()} for row in self.rows],
+            "artifacts": [plain(asdict(row)) for row in self.rows],
         }
 
 
@@ -138,9 +137,9 @@ def _row(path: Path, name: str, record: Record, text: str, runtime_of: Callable[
         row = _judged(row, path, record, text, runtime, judging)
         return _timed(row, path, record.header, runtime, threads)
     except (RuntimeMissing, ResourceError) as error:
-        return replace(row, status=NOT_RUN, error=_one_line(error), code=error.exit_code)
+        return replace(row, status=NOT_RUN, error=error.one_line, code=error.exit_code)
     except LlmxError as error:
-        return replace(row, status=FAILED, error=_one_line(error), code=CheckFailed.exit_code)
+        return replace(row, status=FAILED, error=error.one_line, code=CheckFailed.exit_code)
 
 
 def _sized(row: Row, path: Path) -> tuple[Row, int]:
@@ -151,10 +150,7 @@ def _sized(row: Row, path: Path) -> tuple[Row, int]:
     if not is_gguf(path):
         return row, 0
     file = read_gguf_set(path)
-    tensors = list(file.tensors.values())
-    weights = sum(prod(tensor.shape) for tensor in tensors)
-    bits = 8 * sum(tensor.nbytes for tensor in tensors) / weights if weights else None
-    return replace(row, bytes=sum(part.stat().st_size for part in file.paths), bits_per_weight=bits), weights
+    return replace(row, bytes=file.nbytes, bits_per_weight=file.bits_per_weight), file.weights
 
 
 def is_gguf(path: Path) -> bool:
@@ -226,13 +222,3 @@ def _marked(rows: Sequence[Row]) -> Iterator[Row]:
     points = {row: (row.bytes, row.kl_mean) for row in rows if row.status == COMPARED}
     best = set(frontier(points.values()))  # type: ignore[arg-type]
     yield from (replace(row, pareto=points.get(row) in best) for row in rows)
-
-
-def _one_line(error: LlmxError) -> str:
-    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-
-
-def _plain(value: object) -> object:
-    return (
-        str(value) if isinstance(value, float) and (isnan(value) or value in (float("inf"), -float("inf"))) else value
-    )

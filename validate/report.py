@@ -123,9 +123,9 @@ class Report:
         return {
             "schema": SCHEMA,
             "passed": self.passed,
-            **_plain(self.facts),
+            **plain(self.facts),
             "checks": [_check_to_dict(check) for check in self.checks],
-            "details": _plain(self.details),
+            "details": plain(self.details),
         }
 
     def to_json(self) -> str:
@@ -144,7 +144,7 @@ def as_json(told: Mapping[str, Any]) -> str:
 
 def unproven(facts: Mapping[str, object]) -> dict[str, Any]:
     """Returns the plain values of the report of an artifact that nobody validated: passed is null, never true."""
-    return {"schema": SCHEMA, "passed": None, **_plain(facts), "checks": []}
+    return {"schema": SCHEMA, "passed": None, **plain(facts), "checks": []}
 
 
 def json_schema() -> dict[str, Any]:
@@ -159,20 +159,20 @@ def _check_to_dict(check: Check) -> dict[str, object]:
         "status": check.status.lower(),
         "passed": check.passed,
         "required": check.required,
-        "value": _plain(check.value),
-        "limit": _plain(check.limit),
+        "value": plain(check.value),
+        "limit": plain(check.limit),
         "unit": check.unit,
         "origin": check.origin,
         "detail": check.detail,
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same value with lists for tuples, and with words for the numbers that JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

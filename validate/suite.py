@@ -6,11 +6,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmx.errors import CheckFailed, IntegrityError, LlmxError, ResourceError, RuntimeMissing, UsageError
+from llmx.errors import CheckFailed, IntegrityError, ResourceError, RuntimeMissing, UsageError
 from llmx.formats.gguf import GgufFile, read_gguf_set
 from llmx.models.model import Model, open_model
 from llmx.validate.blame import NAME as BLAME_NAME
@@ -69,7 +68,7 @@ def check_text(case: Case) -> Iterator[Check]:
     try:
         session = case.runtime.open(case.artifact, threads=case.settings.threads, context=TOKEN_CONTEXT)
     except (CheckFailed, IntegrityError) as error:
-        yield Check(LOADS, False, origin=origin, detail=_one_line(error))
+        yield Check(LOADS, False, origin=origin, detail=error.one_line)
         yield from (not_run(name, REFUSED) for name in TEXT_NAMES)
         return
     with session:
@@ -228,16 +227,12 @@ def _guarded(stage: Stage, given: Any) -> Iterator[Check]:
         left = (name for name in stage.names if name not in done)
         yield from (not_run(name, "the stage left it out", required=stage.required) for name in left)
     except (CheckFailed, IntegrityError) as error:
-        yield Check(f"{stage.kind}.runs", False, origin="the runtime's own words", detail=_one_line(error))
+        yield Check(f"{stage.kind}.runs", False, origin="the runtime's own words", detail=error.one_line)
         yield from (not_run(name, "see above") for name in stage.names if name not in done)
     except (ResourceError, RuntimeMissing) as error:
-        reason = _one_line(error)
+        reason = error.one_line
         left = (name for name in stage.names if name not in done)
         yield from (not_run(name, reason, required=stage.required, code=error.exit_code) for name in left)
-
-
-def _one_line(error: LlmxError) -> str:
-    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 def _facts(
@@ -268,10 +263,5 @@ def _reference(case: Case | None, pair: Pair | None) -> dict[str, object]:
 
 
 def _file(path: Path, file: GgufFile) -> dict[str, object]:
-    tensors = file.tensors.values()
-    bits = 8 * sum(tensor.nbytes for tensor in tensors) / sum(prod(tensor.shape) for tensor in tensors)
-    return {
-        "name": path.name,
-        "bytes": sum(part.stat().st_size for part in file.paths),
-        "bits_per_weight": round(bits, 4),
-    }
+    assert file.bits_per_weight is not None, "a file that is judged holds tensors"
+    return {"name": path.name, "bytes": file.nbytes, "bits_per_weight": round(file.bits_per_weight, 4)}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from small_llama import SMALL_LLAMA
 
 from llmx.exporters import gguf_tensors
 from llmx.exporters.gguf_metadata import DIGESTS_KEY, SOLVED, SOLVER_KEY
@@ -55,19 +56,7 @@ class Subject:
     exported_as: str | None = None  # the file is that of another subject
 
 
-_SMALL: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_SMALL = SMALL_LLAMA | {"hidden_size": 128, "intermediate_size": 128}
 _SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 SUBJECTS: dict[str, Subject] = {

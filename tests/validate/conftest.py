@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_llama import SMALL_LLAMA
 from stock_types import random_checkpoint
 
 from llmx import api
@@ -57,23 +58,6 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     return made
 
 
-# Its q and k rows are moved by the exporter; as wide as a block of the k-quants.
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
 @pytest.fixture(scope="session")
 def solved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, Path]]:
     """(model name or "random llama", method) -> (a sound 4-bit artifact, its checkpoint); each is made once."""
@@ -84,7 +68,7 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tup
     def made(name: str, method: str) -> tuple[Path, Path]:
         model = folder / "model" if name == "random llama" else checkpoint(name)
         if not model.is_dir():
-            random_checkpoint(model, LLAMA)
+            random_checkpoint(model, SMALL_LLAMA)
         target = folder / f"{name}-{method}.gguf"
         if not target.exists():
             request = api.ExportRequest(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_llama import SMALL_LLAMA
 from stock_types import random_checkpoint
 
 from llmx.formats.gguf import read_gguf, u32
@@ -17,18 +18,7 @@ from llmx.validate.checks_quality import check_quality
 
 # As the demo checkpoint, with another rope: the original context lies within a chunk.
 SCALED = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **SMALL_LLAMA,
     "rope_theta": 10000.0,
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
 }
