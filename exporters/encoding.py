@@ -208,12 +208,16 @@ ENCODINGS: dict[str, Encoding] = {
 def encoding(name: str) -> Encoding:
     """The encoding of that name. Raises: UnsupportedError naming the choices."""
     if name not in ENCODINGS:
-        groups = "|".join((*(f"g{size}" for size in GROUPS), "channel"))
-        integers = f"int{{{'|'.join(map(str, GROUP_BITS))}}}-{{{groups}}}-{{{'|'.join(KINDS)}}}[-bfloat16|-float32]"
         raise UnsupportedError(
-            f"weights cannot be kept as {name}", fix=f"one of {', '.join(grids.ENCODABLE)}, {integers}"
+            f"weights cannot be kept as {name}", fix=f"one of {', '.join(grids.ENCODABLE)}, {group_names()}"
         )
     return ENCODINGS[name]
+
+
+def group_names() -> str:
+    """The names of GROUP_ENCODINGS in one line of words."""
+    groups = "|".join((*(f"g{size}" for size in GROUPS), "channel"))
+    return f"int{{{'|'.join(map(str, GROUP_BITS))}}}-{{{groups}}}-{{{'|'.join(KINDS)}}}[-bfloat16|-float32]"
 
 
 def fitting(name: str, cols: int) -> str:

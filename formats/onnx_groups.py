@@ -102,7 +102,7 @@ class GroupLayout:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an operator takes: codes u8[rows, groups, group bytes], scales f32[rows, groups], zero_points u8[rows, bytes].
+    """What an operator takes: codes u8[rows, groups, bytes], scales f32[rows, groups], zero_points u8[rows, bytes].
 
     Codes and zero points are packed, and views of the rows where strides allow it."""
 

@@ -1,0 +1,54 @@
+"""Which types the tensors of each format can have, for everything that is decided alike for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmx.errors import UnsupportedError
+from llmx.exporters.encoding import GROUP_ENCODINGS, group_names
+from llmx.exporters.gguf_types import WRITABLE_TYPES
+from llmx.formats.ggml_blocks import BLOCKS
+
+_ROW = 4096  # weights of a row whose bits stand for a type's
+
+
+@dataclass(frozen=True, slots=True)
+class FormatTypes:
+    """name: of the format, as messages say it. types: those of a tensor, as they are spelt. bits: per weight of a type.
+
+    told: the types as messages list them. quantizes_activations: whether some type rounds what goes into a matrix.
+    """
+
+    name: str
+    types: tuple[str, ...]
+    bits: Callable[[str], float]
+    quantizes_activations: bool = False
+    told: str = ""
+
+    def find(self, type_name: str) -> str | None:
+        """The type of this name, in any case, as it is spelt here; None where there is none."""
+        wanted = type_name.lower()
+        return next((name for name in self.types if name.lower() == wanted), None)
+
+    def spelt(self, type_name: str) -> str:
+        """The type of this name, in any case. Raises: UnsupportedError, with the types there are."""
+        found = self.find(type_name)
+        if found is None:
+            raise UnsupportedError(f"{type_name} is no type of {self.name} tensors", fix=f"one of {self.choices}")
+        return found
+
+    @property
+    def choices(self) -> str:
+        """The types in words."""
+        return self.told or ", ".join(self.types)
+
+
+def _group_bits(name: str) -> float:
+    return GROUP_ENCODINGS[name].bits(_ROW) if name in GROUP_ENCODINGS else BLOCKS[name].bits
+
+
+GGUF = FormatTypes("GGUF", WRITABLE_TYPES, lambda name: BLOCKS[name].bits)
+ONNX = FormatTypes(
+    "ONNX", ("F32", "F16", *GROUP_ENCODINGS), _group_bits, quantizes_activations=True, told=f"F32, F16, {group_names()}"
+)
