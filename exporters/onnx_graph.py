@@ -105,12 +105,12 @@ class GraphRecorder:
             self._values[stored.name] = ir.Value(name=stored.name, type=kind, shape=ir.Shape(stored.shape))
         return self._values[stored.name]
 
-    def constant(self, values: Any, dtype: str = "int64") -> ir.Value:
-        """A small constant inside the graph; equal ones are one."""
+    def constant(self, values: Any, dtype: str = "int64", name: str | None = None) -> ir.Value:
+        """A small constant inside the graph; equal ones are one, unless they have names of their own."""
         array = np.asarray(values, dtype=dtype)
-        key = (dtype, array.shape, array.tobytes())
+        key = (name or dtype, array.shape, array.tobytes())
         if key not in self._constants:
-            name = f"constant_{len(self._constants)}"
+            name = name or f"constant_{len(self._constants)}"
             tensor = ir.tensor(array, name=name)
             kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
             self._constants[key] = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
