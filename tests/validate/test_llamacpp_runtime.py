@@ -291,7 +291,7 @@ def test_a_killed_worker_is_an_error_and_leaves_no_process(artifact: Path, token
 
 def test_a_silent_worker_is_stopped_at_the_time_limit(artifact: Path, tokens: list[int]) -> None:
     with LlamaCpp(answer_seconds=20).open(artifact, threads=1, context=2048) as session:
-        session._worker._timeout = 0.2
+        session._worker._process._timeout = 0.2
         begin = time.monotonic()
         with pytest.raises(CheckFailed, match=r"no answer to 'generate' within 0\.2 s"):
             session.generate(tokens[:4], 2000)

@@ -11,17 +11,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from llmx.errors import CheckFailed, IntegrityError, RuntimeMissing, UsageError
+from llmx.errors import CheckFailed, RuntimeMissing, UsageError
 from llmx.validate.runtimes import Speed
 from llmx.validate.runtimes.llamacpp_library import BACKENDS, Backend, available_backend, why_unavailable
-from llmx.validate.runtimes.worker_process import WorkerProcess
+from llmx.validate.runtimes.worker_process import ANSWER_SECONDS, ArtifactWorker, WorkerProcess, check_sizes
 
 WORKER = "llmx.validate.runtimes.llamacpp_worker"
 RENDERER = "llmx.validate.runtimes.llamacpp_template"
 # Without it, an abort starts a debugger, where there is one, and prints pages of stack.
 ENVIRONMENT = {"GGML_NO_BACKTRACE": "1"}
-# The longest silence of a worker. A block of 128 positions of a 70 B model takes minutes on two cores.
-ANSWER_SECONDS = 1800.0
 
 
 class LlamaCpp:
@@ -57,10 +55,7 @@ class LlamaCpp:
         artifact = Path(artifact).absolute()
         if not artifact.is_file():
             raise UsageError("there is no such file", where=artifact)
-        if threads < 1 or context < 1:
-            raise UsageError(f"threads = {threads} and context = {context} must both be at least 1")
-        if batch is not None and batch < 1:
-            raise UsageError(f"batch = {batch} must be at least 1")
+        check_sizes(threads, context, batch)
         options = {"threads": threads, "context": context, "exact": exact, "batch": batch}
         return LlamaCppSession(backend, artifact, self._answer_seconds, options)
 
@@ -71,15 +66,16 @@ class LlamaCppSession:
     def __init__(self, backend: Backend, artifact: Path, answer_seconds: float, options: Mapping[str, Any]) -> None:
         self._backend, self._artifact, self._answer_seconds = backend, artifact, answer_seconds
         self._renderer: WorkerProcess | None = None
-        self._sequence = 0
-        self._worker = WorkerProcess(WORKER, label=self._label, timeout=answer_seconds, environment=ENVIRONMENT)
-        try:
-            answer, _ = self._worker.ask(
-                "open", death=IntegrityError, where=artifact, backend=backend.name, artifact=str(artifact), **options
-            )
-        except BaseException:
-            self._worker.close()
-            raise
+        self._worker = ArtifactWorker(
+            WORKER,
+            artifact,
+            label=self._label,
+            timeout=answer_seconds,
+            environment=ENVIRONMENT,
+            backend=backend.name,
+            **options,
+        )
+        answer = self._worker.about
         self.build: str = answer["build"]
         self.vocab: int = answer["vocab"]
         self._has_template: bool = answer["has_template"]
@@ -99,20 +95,15 @@ class LlamaCppSession:
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of text. Raises UsageError for a text that is no Unicode (a lone surrogate)."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"the text cannot be written as UTF-8: {error}") from error
-        return self._ask("tokenize", text=text, add_special=add_special, parse_special=parse_special)["ids"]
+        return self._worker.tokenize(text, add_special, parse_special)
 
     def piece(self, token: int) -> bytes:
         """Return the bytes of one id; a special token gives its name."""
-        return bytes.fromhex(self._ask("piece", token=int(token))["hex"])
+        return self._worker.piece(token)
 
     def special(self) -> dict[str, Any]:
         """Return bos: int | None, eos: int | None, add_bos: bool, end_of_generation: frozenset[int]."""
-        answer = self._ask("special")
-        return {**answer, "end_of_generation": frozenset(answer["end_of_generation"])}
+        return self._worker.special()
 
     def logits(self, tokens: Sequence[int], decode_from: int | None = None) -> Iterator[np.ndarray]:
         """Yield f32[t, V] blocks (t up to 128), fresh arrays, that cover every position in order.
@@ -120,40 +111,25 @@ class LlamaCppSession:
         decode_from: positions from it on run one at a time through the key-value cache. One sequence at a time:
         asking for another ends this one, and fetching from it then raises UsageError.
         """
-        self._sequence += 1
-        mine = self._sequence
-        self._ask("logits", tokens=[int(token) for token in tokens], decode_from=decode_from)
-        while True:
-            if mine != self._sequence:
-                raise UsageError("this sequence ended when the session was asked for another")
-            _, block = self._worker.ask("next block", where=self._artifact)
-            if block is None:
-                return
-            yield block
+        return self._worker.logits(tokens, decode_from)
 
     def generate(self, tokens: Sequence[int], count: int) -> list[int]:
         """Return up to count greedy ids; an end-of-generation id ends them and is the last."""
-        self._sequence += 1
-        return self._ask("generate", tokens=[int(token) for token in tokens], count=count)["ids"]
+        return self._worker.generate(tokens, count)
 
     def extend(self, tokens: Sequence[int], keep: int = 0) -> np.ndarray:
         """Return f32[V], the logits after the first keep positions of the last extended sequence and tokens.
 
         Raises CheckFailed where the cache of a sliding window has no way back to position keep.
         """
-        self._sequence += 1
-        asked = {"tokens": [int(token) for token in tokens], "keep": keep}
-        _, block = self._worker.ask("extend", where=self._artifact, **asked)
-        assert block is not None, "the answer to extend has a block"
-        return block[0]
+        return self._worker.extend(tokens, keep)
 
     def speed(self, prefill: int, decode: int) -> Speed:
         """Return the speed with llama.cpp's usual settings (float16 cache, batches of 512), whatever `exact` says.
 
         peak_rss_bytes is the worker's since it started: for the model's own need, ask a session that ran nothing else.
         """
-        self._sequence += 1
-        return Speed(**self._ask("speed", prefill=prefill, decode=decode))
+        return self._worker.speed(prefill, decode)
 
     def template_unavailable(self) -> str | None:
         """Return why `render` gives None, or None where llama.cpp's own template engine can be asked."""
@@ -188,10 +164,6 @@ class LlamaCppSession:
     @property
     def _label(self) -> str:
         return f"llama.cpp ({self._backend.name})"
-
-    def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        answer, _ = self._worker.ask(command, where=self._artifact, **arguments)
-        return answer
 
     def _start_renderer(self) -> WorkerProcess:
         # 0700, so nobody else can connect. A socket's path is limited to some 100 bytes, whatever TMPDIR says.

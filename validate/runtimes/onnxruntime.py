@@ -13,14 +13,13 @@ from typing import Any, Never, Self
 
 import numpy as np
 
-from llmx.errors import IntegrityError, RuntimeMissing, UsageError
+from llmx.errors import RuntimeMissing, UsageError
 from llmx.validate.runtimes import Speed
-from llmx.validate.runtimes.worker_process import WorkerProcess
+from llmx.validate.runtimes.worker_process import ANSWER_SECONDS, ArtifactWorker, check_sizes, plain_ids
 
 WORKER = "llmx.validate.runtimes.onnxruntime_worker"
 LABEL = "onnxruntime"
 LEVELS = ("none", "basic", "extended", "all")
-ANSWER_SECONDS = 1800.0
 NO_TEXT = "plain onnxruntime has no tokenizer and no chat template"
 
 
@@ -53,10 +52,7 @@ class OnnxRuntime:
         artifact = Path(artifact).absolute()
         if not artifact.is_file():
             raise UsageError("there is no such file", where=artifact)
-        if threads < 1 or context < 1:
-            raise UsageError(f"threads = {threads} and context = {context} must both be at least 1")
-        if batch is not None and batch < 1:
-            raise UsageError(f"batch = {batch} must be at least 1")
+        check_sizes(threads, context, batch)
         options = {"threads": threads, "context": context, "exact": exact, "batch": batch, "level": self._level}
         return OnnxRuntimeSession(artifact, self._answer_seconds, options)
 
@@ -66,15 +62,8 @@ class OnnxRuntimeSession:
 
     def __init__(self, artifact: Path, answer_seconds: float, options: Mapping[str, Any]) -> None:
         self._artifact = artifact
-        self._sequence = 0
-        self._worker = WorkerProcess(WORKER, label=LABEL, timeout=answer_seconds, environment={})
-        try:
-            answer, _ = self._worker.ask(
-                "open", death=IntegrityError, where=artifact, artifact=str(artifact), **options
-            )
-        except BaseException:
-            self._worker.close()
-            raise
+        self._worker = ArtifactWorker(WORKER, artifact, label=LABEL, timeout=answer_seconds, **options)
+        answer = self._worker.about
         self.build: str = answer["build"]
         self.vocab: int = answer["vocab"]
 
@@ -92,33 +81,19 @@ class OnnxRuntimeSession:
         decode_from: positions from it on run one at a time through the cache. Asking for another sequence ends this
         one, and fetching from it then raises UsageError.
         """
-        self._sequence += 1
-        mine = self._sequence
-        self._ask("logits", tokens=_plain(tokens), decode_from=decode_from)
-        while True:
-            if mine != self._sequence:
-                raise UsageError("this sequence ended when the session was asked for another")
-            block = self._ask("next block")[1]
-            if block is None:
-                return
-            yield block
+        return self._worker.logits(tokens, decode_from)
 
     def generate(self, tokens: Sequence[int], count: int, ends: Sequence[int] = ()) -> list[int]:
         """Return up to count greedy ids; one of ends, which a bare graph does not know, ends them and is the last."""
-        self._sequence += 1
-        return self._ask("generate", tokens=_plain(tokens), count=count, ends=_plain(ends))[0]["ids"]
+        return self._worker.generate(tokens, count, ends=plain_ids(ends))
 
     def extend(self, tokens: Sequence[int], keep: int = 0) -> np.ndarray:
         """Return f32[V], the logits after the first keep positions of the last sequence and tokens."""
-        self._sequence += 1
-        block = self._ask("extend", tokens=_plain(tokens), keep=keep)[1]
-        assert block is not None, "the answer to extend has a block"
-        return block[0]
+        return self._worker.extend(tokens, keep)
 
     def speed(self, prefill: int, decode: int) -> Speed:
         """Return the speed. peak_rss_bytes is the worker's since it started."""
-        self._sequence += 1
-        return Speed(**self._ask("speed", prefill=prefill, decode=decode)[0])
+        return self._worker.speed(prefill, decode)
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Raises RuntimeMissing, as do `piece`, `special` and `render`."""
@@ -143,10 +118,3 @@ class OnnxRuntimeSession:
 
     def _no_text(self) -> Never:
         raise RuntimeMissing(f"{NO_TEXT}; onnxruntime-genai has both", where=self._artifact)
-
-    def _ask(self, command: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
-        return self._worker.ask(command, where=self._artifact, **arguments)
-
-
-def _plain(tokens: Sequence[int]) -> list[int]:
-    return [int(token) for token in tokens]

@@ -11,19 +11,31 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from llmx.errors import CheckFailed, IntegrityError, LlmxError, ResourceError, RuntimeMissing, UsageError
+from llmx.errors import (
+    CheckFailed,
+    IntegrityError,
+    LlmxError,
+    ResourceError,
+    RuntimeMissing,
+    UnsupportedError,
+    UsageError,
+)
+from llmx.validate.runtimes import Speed
 from llmx.validate.runtimes.frames import read_frame, write_frame
 
 # What a worker's refusal becomes here. A kind that is not listed is a bug of ours.
 ERRORS: dict[str, type[LlmxError]] = {
-    kind.__name__: kind for kind in (CheckFailed, IntegrityError, ResourceError, RuntimeMissing, UsageError)
+    kind.__name__: kind
+    for kind in (CheckFailed, IntegrityError, ResourceError, RuntimeMissing, UnsupportedError, UsageError)
 }
+# The longest silence of a worker. A block of 128 positions of a 70 B model takes minutes on two cores.
+ANSWER_SECONDS = 1800.0
 _KILLED = -9
 _KEPT_LINES = 200
 _SHOWN_LINES = 12
@@ -131,6 +143,109 @@ class WorkerProcess:
             self._process.wait()
         self._drain.join(10)
         return self._process.returncode
+
+
+def plain_ids(tokens: Sequence[int]) -> list[int]:
+    """Return the ids as the numbers that a frame takes: numpy's are none."""
+    return [int(token) for token in tokens]
+
+
+def check_sizes(threads: int, context: int, batch: int | None) -> None:
+    """Raise UsageError for a session of no threads or no positions."""
+    if threads < 1 or context < 1:
+        raise UsageError(f"threads = {threads} and context = {context} must both be at least 1")
+    if batch is not None and batch < 1:
+        raise UsageError(f"batch = {batch} must be at least 1")
+
+
+class ArtifactWorker:
+    """A worker that has opened one artifact: what the sessions of all runtimes ask in the same words.
+
+    about: its answer to "open". Whatever asks for a new sequence ends the one whose logits are being fetched.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        artifact: Path,
+        *,
+        label: str,
+        timeout: float = ANSWER_SECONDS,
+        environment: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        """options: further entries of the question "open". Raises IntegrityError, also where the worker dies of it."""
+        self._artifact, self._sequence = artifact, 0
+        self._process = WorkerProcess(module, label=label, timeout=timeout, environment=environment or {})
+        try:
+            asked = {"artifact": str(artifact), **options}
+            self.about, _ = self._process.ask("open", death=IntegrityError, where=artifact, **asked)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def process_id(self) -> int:
+        """Return the worker's process id."""
+        return self._process.process_id
+
+    def ask(self, command: str, *, death: type[LlmxError] = CheckFailed, **arguments: Any) -> dict[str, Any]:
+        """Return the answer to a command that leaves the sequence alone. death: what it is where the worker dies."""
+        return self._process.ask(command, death=death, where=self._artifact, **arguments)[0]
+
+    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        """Return the ids of text. Raises UsageError for a text that is no Unicode (a lone surrogate)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the text cannot be written as UTF-8: {error}") from error
+        return self.ask("tokenize", text=text, add_special=add_special, parse_special=parse_special)["ids"]
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes of one id."""
+        return bytes.fromhex(self.ask("piece", token=int(token))["hex"])
+
+    def special(self) -> dict[str, Any]:
+        """Return bos: int | None, eos: int | None, add_bos: bool, end_of_generation: frozenset[int]."""
+        answer = self.ask("special")
+        return {**answer, "end_of_generation": frozenset(answer["end_of_generation"])}
+
+    def logits(self, tokens: Sequence[int], decode_from: int | None) -> Iterator[np.ndarray]:
+        """Yield f32[t, V] blocks, fresh arrays, that cover every position in order.
+
+        Raises UsageError where the session was asked for another sequence in between.
+        """
+        self._sequence += 1
+        mine = self._sequence
+        self.ask("logits", tokens=plain_ids(tokens), decode_from=decode_from)
+        while True:
+            if mine != self._sequence:
+                raise UsageError("this sequence ended when the session was asked for another")
+            _, block = self._process.ask("next block", where=self._artifact)
+            if block is None:
+                return
+            yield block
+
+    def generate(self, tokens: Sequence[int], count: int, **further: Any) -> list[int]:
+        """Return up to count greedy ids after tokens."""
+        self._sequence += 1
+        return self.ask("generate", tokens=plain_ids(tokens), count=count, **further)["ids"]
+
+    def extend(self, tokens: Sequence[int], keep: int) -> np.ndarray:
+        """Return f32[V]: the logits after the first keep positions of the last extended sequence and tokens."""
+        self._sequence += 1
+        _, block = self._process.ask("extend", where=self._artifact, tokens=plain_ids(tokens), keep=keep)
+        assert block is not None, "the answer to extend has a block"
+        return block[0]
+
+    def speed(self, prefill: int, decode: int) -> Speed:
+        """Return the speed. peak_rss_bytes is the worker's since it started."""
+        self._sequence += 1
+        return Speed(**self.ask("speed", prefill=prefill, decode=decode))
+
+    def close(self) -> None:
+        """Stop the worker. May be called twice."""
+        self._process.close()
 
 
 def _expire(process: subprocess.Popen[bytes], expired: threading.Event) -> None:
