@@ -24,6 +24,7 @@ ENTRY_POINTS = "llmx.runtimes"
 RUNTIMES: dict[str, str] = {
     "llama.cpp": "llmx.validate.runtimes.llamacpp:LlamaCpp",
     "onnxruntime": "llmx.validate.runtimes.onnxruntime:OnnxRuntime",
+    "onnxruntime-genai": "llmx.validate.runtimes.genai:Genai",
 }
 
 

@@ -1,6 +1,8 @@
 """onnxruntime as a runtime, on its CPU provider: every call crosses to a worker process.
 
-It runs graphs and knows no text: what is about tokens and templates, onnxruntime-genai has to be asked.
+It runs graphs and knows no text: what is about tokens and templates, onnxruntime-genai's tokenizer is asked, in a
+second worker that reads no weights. One session of both, and not a second runtime for the text: every check is given
+one session, and only plain onnxruntime can run a graph exactly or without its rewriting.
 """
 
 from __future__ import annotations
@@ -9,12 +11,20 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Never, Self
+from typing import Any, Self
 
 import numpy as np
 
-from llmx.errors import RuntimeMissing, UsageError
+from llmx.errors import IntegrityError, RuntimeMissing, UsageError
 from llmx.validate.runtimes import Speed
+from llmx.validate.runtimes.genai import (
+    ENVIRONMENT,
+    NO_TEMPLATE,
+    graph_of,
+    rendered,
+    text_unavailable,
+    text_worker,
+)
 from llmx.validate.runtimes.worker_process import ANSWER_SECONDS, ArtifactWorker, check_sizes, plain_ids
 
 WORKER = "llmx.validate.runtimes.onnxruntime_worker"
@@ -41,7 +51,7 @@ class OnnxRuntime:
     def open(
         self, artifact: Path, *, threads: int, context: int, exact: bool = False, batch: int | None = None
     ) -> OnnxRuntimeSession:
-        """Load a graph, its data file beside it, and return the session.
+        """Load a graph, its data file beside it, and return the session. artifact: the graph, or its folder.
 
         exact: matrices of few bits are multiplied in float32, where onnxruntime would round their inputs to 8 bits.
         batch: positions run at once at most, 512 where it is None.
@@ -49,9 +59,7 @@ class OnnxRuntime:
         """
         if (reason := self.unavailable()) is not None:
             raise RuntimeMissing(f"onnxruntime is not available: {reason}", fix="pip install 'llmx[onnx]'")
-        artifact = Path(artifact).absolute()
-        if not artifact.is_file():
-            raise UsageError("there is no such file", where=artifact)
+        artifact = graph_of(artifact)
         check_sizes(threads, context, batch)
         options = {"threads": threads, "context": context, "exact": exact, "batch": batch, "level": self._level}
         return OnnxRuntimeSession(artifact, self._answer_seconds, options)
@@ -61,8 +69,17 @@ class OnnxRuntimeSession:
     """One loaded graph; see `Session`. Not to be shared between threads."""
 
     def __init__(self, artifact: Path, answer_seconds: float, options: Mapping[str, Any]) -> None:
-        self._artifact = artifact
-        self._worker = ArtifactWorker(WORKER, artifact, label=LABEL, timeout=answer_seconds, **options)
+        self._artifact, self._answer_seconds = artifact, answer_seconds
+        self._speaker: ArtifactWorker | None = None
+        self._worker = ArtifactWorker(
+            WORKER,
+            artifact,
+            label=LABEL,
+            timeout=answer_seconds,
+            environment=ENVIRONMENT,
+            death=IntegrityError,
+            **options,
+        )
         answer = self._worker.about
         self.build: str = answer["build"]
         self.vocab: int = answer["vocab"]
@@ -96,25 +113,38 @@ class OnnxRuntimeSession:
         return self._worker.speed(prefill, decode)
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Raises RuntimeMissing, as do `piece`, `special` and `render`."""
-        return self._no_text()
+        """Return the ids of text. Raises RuntimeMissing where nothing reads text here, as do `piece` and `special`."""
+        return self._text().tokenize(text, add_special, parse_special)
 
     def piece(self, token: int) -> bytes:
-        return self._no_text()
+        """Return the bytes of one id; a special token gives its name."""
+        return self._text().piece(token)
 
     def special(self) -> Mapping[str, object]:
-        return self._no_text()
+        """Return bos: int | None, eos: int | None, add_bos: bool, end_of_generation: frozenset[int]."""
+        return self._text().special()
 
     def render(self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str | None:
-        return self._no_text()
+        """Return the conversation rendered by genai's template engine, or None where `template_unavailable`."""
+        if self.template_unavailable() is not None:
+            return None
+        return rendered(self._text(), messages, add_generation_prompt)
 
     def template_unavailable(self) -> str | None:
-        """Return why `render` gives nothing here."""
-        return NO_TEXT
+        """Return why `render` gives None, or None."""
+        if (reason := text_unavailable(self._artifact)) is not None:
+            return f"{NO_TEXT}, and {reason}"
+        return None if self._text().about["has_template"] else NO_TEMPLATE
 
     def close(self) -> None:
-        """Stop the worker process. May be called twice."""
+        """Stop the worker processes. May be called twice."""
         self._worker.close()
+        if self._speaker is not None:
+            self._speaker.close()
 
-    def _no_text(self) -> Never:
-        raise RuntimeMissing(f"{NO_TEXT}; onnxruntime-genai has both", where=self._artifact)
+    def _text(self) -> ArtifactWorker:
+        if self._speaker is None:
+            if (reason := text_unavailable(self._artifact)) is not None:
+                raise RuntimeMissing(f"{NO_TEXT}, and {reason}", where=self._artifact)
+            self._speaker = text_worker(self._artifact, self._answer_seconds)
+        return self._speaker

@@ -172,10 +172,14 @@ class ArtifactWorker:
         label: str,
         timeout: float = ANSWER_SECONDS,
         environment: Mapping[str, str] | None = None,
+        death: type[LlmxError] = CheckFailed,
         **options: Any,
     ) -> None:
-        """options: further entries of the question "open". Raises IntegrityError, also where the worker dies of it."""
-        self._artifact, self._sequence = artifact, 0
+        """options: further entries of the question "open". Raises IntegrityError, also where the worker dies of it.
+
+        death: the error where the worker dies of a later question.
+        """
+        self._artifact, self._death, self._sequence = artifact, death, 0
         self._process = WorkerProcess(module, label=label, timeout=timeout, environment=environment or {})
         try:
             asked = {"artifact": str(artifact), **options}
@@ -189,9 +193,9 @@ class ArtifactWorker:
         """Return the worker's process id."""
         return self._process.process_id
 
-    def ask(self, command: str, *, death: type[LlmxError] = CheckFailed, **arguments: Any) -> dict[str, Any]:
-        """Return the answer to a command that leaves the sequence alone. death: what it is where the worker dies."""
-        return self._process.ask(command, death=death, where=self._artifact, **arguments)[0]
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Return the answer to a command that leaves the sequence alone."""
+        return self._both(command, **arguments)[0]
 
     def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         """Return the ids of text. Raises UsageError for a text that is no Unicode (a lone surrogate)."""
@@ -221,7 +225,7 @@ class ArtifactWorker:
         while True:
             if mine != self._sequence:
                 raise UsageError("this sequence ended when the session was asked for another")
-            _, block = self._process.ask("next block", where=self._artifact)
+            _, block = self._both("next block")
             if block is None:
                 return
             yield block
@@ -234,7 +238,7 @@ class ArtifactWorker:
     def extend(self, tokens: Sequence[int], keep: int) -> np.ndarray:
         """Return f32[V]: the logits after the first keep positions of the last extended sequence and tokens."""
         self._sequence += 1
-        _, block = self._process.ask("extend", where=self._artifact, tokens=plain_ids(tokens), keep=keep)
+        _, block = self._both("extend", tokens=plain_ids(tokens), keep=keep)
         assert block is not None, "the answer to extend has a block"
         return block[0]
 
@@ -246,6 +250,9 @@ class ArtifactWorker:
     def close(self) -> None:
         """Stop the worker. May be called twice."""
         self._process.close()
+
+    def _both(self, command: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+        return self._process.ask(command, death=self._death, where=self._artifact, **arguments)
 
 
 def _expire(process: subprocess.Popen[bytes], expired: threading.Event) -> None:
