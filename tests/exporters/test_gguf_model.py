@@ -27,7 +27,7 @@ from llmx.exporters.gguf_types import file_type  # noqa: E402
 from llmx.exporters.gguf_vocab import vocabulary  # noqa: E402
 from llmx.formats.gguf import array, header_bytes, layout, read_gguf, text, u32  # noqa: E402
 from llmx.models import decoder  # noqa: E402
-from llmx.models.architecture import Architecture
+from llmx.models.architecture import Architecture  # noqa: E402
 from llmx.models.model import Model, open_model  # noqa: E402
 from llmx.models.tokenizer import Tokenizer, open_tokenizer  # noqa: E402
 from llmx.validate.corpus import CORPUS  # noqa: E402
