@@ -237,14 +237,22 @@ def restore(file: GgufFile, model: Model, layout: tuple[Entry, ...]) -> dict[str
     if problems:
         raise IntegrityError("the artifact does not hold this checkpoint's tensors", problems=problems)
 
-    users: dict[str, list[TensorSpec]] = {}
-    for spec in a.tensors:
-        for name in spec.source.names:
-            users.setdefault(name, []).append(spec)
-
     def canonical(spec: TensorSpec, expert: int | None) -> Floats:
         entry, first = places[spec.name]
         return _restored_piece(file, entry, spec, first, expert, a)
+
+    return assembled(model, canonical)
+
+
+def assembled(model: Model, canonical: Callable[[TensorSpec, int | None], Floats]) -> dict[str, Callable[[], Floats]]:
+    """Checkpoint tensor name -> a thunk that puts it together.
+
+    canonical: the values of a canonical tensor, or of one expert of it.
+    """
+    users: dict[str, list[TensorSpec]] = {}
+    for spec in model.architecture.tensors:
+        for name in spec.source.names:
+            users.setdefault(name, []).append(spec)
 
     def thunk(name: str) -> Callable[[], Floats]:
         return lambda: _assembled(name, users[name], canonical, model.checkpoint.tensors[name].shape)

@@ -70,6 +70,11 @@ class GgufFile:
     maps: tuple[mmap.mmap, ...]
 
     @property
+    def format(self) -> str:
+        """Its name among the formats."""
+        return "gguf"
+
+    @property
     def nbytes(self) -> int:
         """The size of all its files."""
         return sum(path.stat().st_size for path in self.paths)

@@ -12,8 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmx.errors import UnsupportedError, UsageError
-from llmx.validating import RUNTIME_OF_FORMAT, available_cores, check_threads, read_text
+from llmx.errors import UsageError
+from llmx.validating import available_cores, check_threads, read_text
 
 if TYPE_CHECKING:
     from llmx.validate.compare import Table
@@ -60,13 +60,10 @@ def compare(
 
 def runtime_of(artifact: Path) -> Runtime:
     """Returns the runtime of an artifact's format. Raises: UnsupportedError for a file of no known format."""
-    from llmx.validate.compare import is_gguf
+    from llmx.validate.kinds import find_kind
     from llmx.validate.runtimes import find_runtime
 
-    if is_gguf(artifact):
-        return find_runtime(RUNTIME_OF_FORMAT["gguf"])
-    known = ", ".join(RUNTIME_OF_FORMAT)
-    raise UnsupportedError("the file is of no format that llmx knows", fix=f"give one of: {known}")
+    return find_runtime(find_kind(artifact).runtime)
 
 
 @contextmanager

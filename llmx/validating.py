@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "report.json"
 JUNIT_NAME = "junit.xml"
-RUNTIME_OF_FORMAT = {"gguf": "llama.cpp"}
+RUNTIME_OF_FORMAT = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
+EXTRA_OF_FORMAT = {"gguf": "llamacpp", "onnx": "onnx"}  # what pip installs the runtime by
 
 
 def available_cores() -> int:
@@ -63,8 +64,8 @@ def validate(
 
     check_threads(threads)
     for path in (artifact, *([] if against is None else [against])):
-        if not path.is_file():
-            raise UsageError("there is no such artifact", where=path, fix="give a .gguf file")
+        if not path.exists():
+            raise UsageError("there is no such artifact", where=path, fix="give a .gguf file, or an ONNX folder")
     if reference is None and (revision is not None or blame):
         raise UsageError("--revision and --blame are about the checkpoint", fix="give --reference, too")
     settings = Settings(threads=threads or available_cores(), blame=blame)
@@ -75,7 +76,6 @@ def validate(
             artifact,
             open_model(reference, revision) if isinstance(reference, str | Path) else reference,
             against=against,
-            runtime=RUNTIME_OF_FORMAT["gguf"],
             text=None if text is None else read_text(text),
             limits=limits,
             settings=settings,
@@ -126,18 +126,21 @@ def exit_code(report: Report) -> int:
     return report.exit_code
 
 
-def missing_runtime() -> str | None:
-    """Why the GGUF runtime cannot run here, or None."""
+def missing_runtime(format_: str = "gguf") -> str | None:
+    """Why a format's runtime cannot run here, or None."""
     from llmx.validate.runtimes import find_runtime
 
-    return find_runtime(RUNTIME_OF_FORMAT["gguf"]).unavailable()
+    return find_runtime(RUNTIME_OF_FORMAT[format_]).unavailable()
 
 
-def require_runtime() -> None:
-    if (reason := missing_runtime()) is not None:
+def require_runtime(format_: str = "gguf") -> None:
+    """Raises: RuntimeMissing where artifacts of the format cannot be rerun."""
+    if format_ not in RUNTIME_OF_FORMAT:
+        raise RuntimeMissing(f"no runtime is known for {format_} artifacts", fix="export unproven with --no-validate")
+    if (reason := missing_runtime(format_)) is not None:
         raise RuntimeMissing(
-            f"the runtime {RUNTIME_OF_FORMAT['gguf']} cannot run here: {reason}",
-            fix="pip install 'llmx[llamacpp]', or export unproven with --no-validate",
+            f"the runtime {RUNTIME_OF_FORMAT[format_]} cannot run here: {reason}",
+            fix=f"pip install 'llmx[{EXTRA_OF_FORMAT[format_]}]', or export unproven with --no-validate",
         )
 
 

@@ -20,10 +20,9 @@ from llmx.exporters.gguf_metadata import SCALED, SOLVER_KEY
 from llmx.exporters.gguf_tensors import Entry
 from llmx.models.model import Model
 from llmx.validate.case import Case
-from llmx.validate.checks_bytes import changed_tensors
 from llmx.validate.evidence import Evidence, gather
-from llmx.validate.hyperparameters import differences
-from llmx.validate.report import Check, reported
+from llmx.validate.kinds import kind_of
+from llmx.validate.report import Check, not_applicable, reported
 from llmx.validate.restored import restored_model
 from llmx.validate.scales import with_scales_of
 from llmx.validate.streams import OutputError, Streams, compare
@@ -74,6 +73,9 @@ def _plain(value: float) -> float | str:
 
 def check_blame(case: Case) -> Iterator[Check]:
     """Yields blame.tensor, which names what is wrong and judges nothing; notes "blame" for the report."""
+    if (reason := kind_of(case.file).unmapped(case.file, case.model.architecture)) is not None:
+        yield not_applicable(NAME, reason)
+        return
     found = find_blame(case)
     case.findings.note("blame", found.to_json())
     yield reported(NAME, found.tensor or "none", "", found.reason)
@@ -96,9 +98,15 @@ def find_blame(case: Case) -> Blame:
     outputs = {} if streams is None else dict(_outputs(model, evidence, streams))
     solved = SOLVER_KEY in case.file.metadata
     found = suspects(evidence, outputs, solved)
-    found = _changed(_identified(case, model, evidence, found), changed_tensors(case.file))
+    found = _changed(_identified(case, model, evidence, found), _told_by_digests(case))
     layers, embedding = ((), 0.0) if streams is None else (streams.layers, streams.embedding)
     return replace(_verdict(case, found, layers, [e.name for e in whole if e not in there]), embedding=embedding)
+
+
+def _told_by_digests(case: Case) -> list[str]:
+    """The tensors that were changed after the file was written; none where it does not say."""
+    changed = kind_of(case.file).changed(case.file)
+    return [] if isinstance(changed, str) else changed
 
 
 def _fits(case: Case, entry: Entry) -> bool:
@@ -157,7 +165,8 @@ def _verdict(case: Case, found: list[Suspect], layers: tuple[float, ...], absent
         more = len(together) - 1
         others = f"; {more} more tensor{'s' if more > 1 else ''} like it" if more else ""
         return blame(first.tensor, first.layer, f"{first.tensor}: {first.reason}{others}{_rise(layers, first.layer)}")
-    if numbers := differences(case.file, case.model.architecture):
+    numbers = kind_of(case.file).differences(case.file, case.model)
+    if numbers and not isinstance(numbers, str):
         return blame(None, None, f"every tensor is sound; in the metadata {'; '.join(numbers)}")
     return blame(None, None, f"no tensor and no number of the metadata stands out{_largest_rise(layers)}")
 

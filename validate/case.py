@@ -10,13 +10,12 @@ from typing import Protocol
 
 import psutil
 
-from llmx.exporters.gguf_families import gguf_family
-from llmx.exporters.gguf_tensors import Entry, entries
-from llmx.formats.gguf import GgufFile
+from llmx.exporters.gguf_tensors import Entry
 from llmx.models.architecture import Architecture
 from llmx.models.model import Model
 from llmx.validate.findings import Findings
-from llmx.validate.gate import ORIGIN, Limit, Limits, default_bound
+from llmx.validate.gate import ORIGIN, Limit, Limits, bound_of
+from llmx.validate.kinds import Container, kind_of
 from llmx.validate.oracle import Tokens
 from llmx.validate.runtimes import Runtime
 
@@ -88,7 +87,7 @@ class Case:
     """
 
     artifact: Path
-    file: GgufFile
+    file: Container
     model: Model
     tokens: Tokens
     runtime: Runtime
@@ -144,7 +143,7 @@ class Case:
     def kl_limit(self, check: str) -> Limit:
         """Returns the limit on the mean KL, nats, of a check of the quality: the user's, or that of the types."""
         asked = self.limits.asked(check)
-        return Limit(default_bound(self.file.tensors.values()).kl, ORIGIN) if asked is None else asked
+        return Limit(bound_of(self.file).kl, ORIGIN) if asked is None else asked
 
     @property
     def threads(self) -> int:
@@ -175,10 +174,8 @@ class Case:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The tensors that the artifact must hold, in GGUF's layout."""
-        a = self.model.architecture
-        family = gguf_family(a)
-        return entries(a, family, min(a.vocab, self.tokens.size) if family.cut_padding_rows else a.vocab)
+        """The tensors that the artifact must hold, in its format's layout."""
+        return kind_of(self.file).entries(self.file, self.model, self.tokens.size)
 
 
 def chunks(ids: Sequence[int], leading: Sequence[int], length: int, count: int) -> Iterator[list[int]]:

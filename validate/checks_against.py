@@ -13,13 +13,13 @@ from math import prod
 from pathlib import Path
 
 from llmx.errors import CheckFailed, IntegrityError, UsageError
-from llmx.formats.gguf import GgufFile
 from llmx.validate.case import PARALLEL_PARAMETERS, Limits, Noise, Settings
 from llmx.validate.checks_floor import floor_of, resolvable
 from llmx.validate.checks_quality import Judging, speed_of
 from llmx.validate.corpus import CORPUS
 from llmx.validate.findings import Findings
-from llmx.validate.gate import AGAINST_KL, ORIGIN, Bound, Limit, default_bound
+from llmx.validate.gate import AGAINST_KL, ORIGIN, Bound, Limit, bound_of
+from llmx.validate.kinds import Container, kind_of
 from llmx.validate.metrics import Comparison
 from llmx.validate.record import Reading, read_text
 from llmx.validate.report import Check, at_most, not_run
@@ -30,7 +30,6 @@ NAMES = ("against.kl", "against.decode")
 TEXT_CHARACTERS = 32_000
 TOKEN_CONTEXT = 64
 SHOWN = 3
-TOKENS = "tokenizer.ggml.tokens"
 UNLIKE = "the two artifacts do not read text as the same token ids, so their distributions cannot be compared"
 BOTH = f"{ORIGIN}; those of both files together"
 
@@ -39,15 +38,15 @@ BOTH = f"{ORIGIN}; those of both files together"
 class Pair:
     """Two artifacts on a runtime. reading: the text as both read it, once check_alike has found that they do.
 
-    alone: the other is the reference of the report; there is no checkpoint.
+    alone: the other is the reference of the report; there is no checkpoint. other_runtime: where it is not the same.
 
     The other fields are as in Case.
     """
 
     artifact: Path
-    file: GgufFile
+    file: Container
     other: Path
-    other_file: GgufFile
+    other_file: Container
     runtime: Runtime
     text: str
     limits: Limits
@@ -57,6 +56,7 @@ class Pair:
     noise: Noise = field(default_factory=Noise)
     reading: Reading | None = None
     alone: bool = False
+    other_runtime: Runtime | None = None
 
     @property
     def threads(self) -> int:
@@ -67,7 +67,7 @@ class Pair:
     @property
     def context_length(self) -> int:
         """Tokens that both models take."""
-        return min(_context(self.file), _context(self.other_file))
+        return min(kind_of(file).context_length(file) for file in (self.file, self.other_file))
 
     @property
     def chunk(self) -> int:
@@ -76,11 +76,13 @@ class Pair:
     @property
     def bound(self) -> Bound:
         """What two sound files of one model may lie apart: small independent errors add up."""
-        a, b = (default_bound(file.tensors.values()) for file in (self.file, self.other_file))
+        a, b = (bound_of(file) for file in (self.file, self.other_file))
         return Bound(a.kl + b.kl, max(0.0, a.top1 + b.top1 - 1), a.ppl_ratio * b.ppl_ratio)
 
     def open(self, path: Path, context: int) -> Session:
-        return self.runtime.open(path, threads=self.threads, context=context)
+        other = self.other_runtime is not None and path == self.other
+        runtime = self.other_runtime if other and self.other_runtime is not None else self.runtime
+        return runtime.open(path, threads=self.threads, context=context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +169,11 @@ def _alike(pair: Pair, other: Session, session: Session) -> Check:
 
 def _vocabulary(pair: Pair) -> Iterator[str]:
     """Where the lists of tokens part; what one of them has more is padding that the other leaves out."""
-    ours, theirs = (_tokens(file) for file in (pair.file, pair.other_file))
+    ours, theirs = (kind_of(file).token_texts(file) for file in (pair.file, pair.other_file))
     for number, (a, b) in enumerate(zip(theirs, ours, strict=False)):
         if a != b:
             yield f"token {number} is {a!r} in {pair.other.name} and {b!r} in {pair.artifact.name}"
             return
-
-
-def _tokens(file: GgufFile) -> list[object]:
-    found = file.metadata.get(TOKENS)
-    return list(found) if isinstance(found, list) else []
 
 
 def _difference(text: str, other: Session, session: Session) -> str | None:
@@ -199,13 +196,4 @@ def _decode(reading: Reading, other: Session, session: Session) -> Comparison:
     """The second half of one chunk, one token at a time through both key-value caches."""
     found, tokens, start = Comparison(), reading.sequences[0], reading.judged.start
     found.add_streams(tokens, other.logits(tokens, start), session.logits(tokens, start), reading.judged)
-    return found
-
-
-def _context(file: GgufFile) -> int:
-    """Tokens that the model says it takes. Raises: IntegrityError where it does not."""
-    key = f"{file.metadata.get('general.architecture')}.context_length"
-    found = file.metadata.get(key)
-    if not isinstance(found, int) or found < 1:
-        raise IntegrityError(f"{key} is {found!r}", where=file.paths[0], fix="give a language model")
     return found

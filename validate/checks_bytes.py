@@ -14,7 +14,6 @@ checkpoint with the artifact's scales folded in (see scales.py).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -22,22 +21,21 @@ from math import inf, isfinite
 import numpy as np
 
 from llmx.errors import IntegrityError
-from llmx.exporters.gguf_metadata import DIGESTS_KEY, SCALED, SOLVED, SOLVER_KEY, WRITTEN_TYPE_KEY, short_digest
-from llmx.exporters.gguf_tensors import Entry, read_rows, restore
+from llmx.exporters.gguf_metadata import SCALED, SOLVED, SOLVER_KEY
+from llmx.exporters.gguf_tensors import Entry
 from llmx.formats.ggml_blocks import BLOCKS
 from llmx.formats.ggml_decode import decode
-from llmx.formats.gguf import GgufFile
 from llmx.models.model import Model
 from llmx.validate.case import Case
-from llmx.validate.checks_metadata import check_metadata
-from llmx.validate.report import Check, at_most, not_applicable, not_run
+from llmx.validate.checks_metadata import check_numbers
+from llmx.validate.kinds import Container, kind_of
+from llmx.validate.report import Check, at_most, named, not_applicable, not_run
 from llmx.validate.restored import restored_model
 from llmx.validate.scales import with_scales_of
 from llmx.validate.steps import decode_with_error
-from llmx.validate.twin import stored_rows
 from llmx.validate.type_errors import MOVED_LIMITS, MOVED_ORIGIN, RMS_LIMITS, RMS_ORIGIN, USUAL_RMS
 
-HASH_BYTES = 1 << 20
+NAMES = ("bytes.tensors", "bytes.finite", "bytes.steps", "bytes.gain", "bytes.error", "bytes.numbers")
 PIECE = 1 << 16  # weights compared at once: they stay in a core's cache
 STEP_LIMIT = 4.0
 STEP_ORIGIN = (
@@ -45,7 +43,6 @@ STEP_ORIGIN = (
 )
 GAIN_LIMIT = 0.5
 GAIN_ORIGIN = "twice what sound files of every type stay below; Q8_0 scales that are 1 % too large make 2"
-SHOWN = 8  # offenders named
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +99,12 @@ class GridError:
 
 
 def check_bytes(case: Case) -> Iterator[Check]:
-    """Yields bytes.tensors, .finite, .steps, .gain, .error, .digests, .numbers and .type."""
+    """Yields bytes.tensors, .finite, .steps, .gain, .error, .digests, .numbers and what else the format has."""
+    kind = kind_of(case.file)
+    if (reason := kind.unmapped(case.file, case.model.architecture)) is not None:
+        yield from (not_applicable(name, reason) for name in NAMES)
+        yield kind.digest_check(case.file)
+        return
     entries = case.entries
     problems = tensor_problems(case.file, entries)
     detail = named(problems) or f"{len(entries)} tensors, each with the expected shape"
@@ -117,8 +119,9 @@ def check_bytes(case: Case) -> Iterator[Check]:
     for name, judged in (("bytes.steps", _steps), ("bytes.gain", _gain)):
         yield judged(errors) if solver is None else not_applicable(name, f"the file's weights were {solver}")
     yield _error(case, source, problems, solver)
-    yield _digests(case.file)
-    yield from check_metadata(case)
+    yield kind.digest_check(case.file)
+    yield check_numbers(case)
+    yield from kind.more_checks(case)
 
 
 def compared_with(case: Case) -> Model:
@@ -187,7 +190,7 @@ def distances_of(case: Case) -> Iterator[Distance]:
     limits = MOVED_LIMITS if case.file.metadata.get(SOLVER_KEY) == SOLVED else RMS_LIMITS
     entries = case.entries
     holders = {name: entry for entry in entries for piece in entry.pieces for name in piece.spec.source.names}
-    for name, restored in restore(case.file, case.model, entries).items():
+    for name, restored in kind_of(case.file).restored(case.file, case.model, entries).items():
         entry = holders[name]
         values = restored().reshape(-1)
         if entry.role in ("embedding", "head"):  # rows of padding may be left out
@@ -239,7 +242,7 @@ def _relative_rms(case: Case, name: str, values: np.ndarray) -> float:
     return float(np.sqrt(squares / total if total else squares))
 
 
-def tensor_problems(file: GgufFile, entries: Sequence[Entry]) -> list[str]:
+def tensor_problems(file: Container, entries: Sequence[Entry]) -> list[str]:
     """Returns every tensor that is missing, has another shape, or that no one asked for."""
     names = {entry.name for entry in entries}
     problems = [f"{entry.name} is missing" for entry in entries if entry.name not in file.tensors]
@@ -251,17 +254,17 @@ def tensor_problems(file: GgufFile, entries: Sequence[Entry]) -> list[str]:
     return problems + [f"{name} is not a tensor of this model" for name in file.tensors if name not in names]
 
 
-def _fits(file: GgufFile, entry: Entry) -> bool:
+def _fits(file: Container, entry: Entry) -> bool:
     stored = file.tensors.get(entry.name)
     return stored is not None and tuple(stored.shape) == tuple(entry.shape)
 
 
-def grid_error(file: GgufFile, model: Model, entry: Entry) -> GridError:
+def grid_error(file: Container, model: Model, entry: Entry) -> GridError:
     """Returns the largest error of one stored tensor; memory follows a piece of rows, not the tensor."""
-    type_name = file.tensors[entry.name].type_name
+    kind, type_name = kind_of(file), file.tensors[entry.name].type_name
     not_finite, steps, squares, total, product = 0, 0.0, 0.0, 0.0, 0.0
-    for start, data in stored_rows(file, entry.name):
-        source = read_rows(model, entry, start, start + len(data)).astype(np.float32, copy=False)
+    for start, data in kind.rows(file, entry.name):
+        source = kind.source_rows(model, entry, start, start + len(data)).astype(np.float32, copy=False)
         values, largest = decode_with_error(type_name, data, source)
         not_finite += values.size - int(np.isfinite(values).sum())
         steps = max(steps, largest)
@@ -273,46 +276,3 @@ def grid_error(file: GgufFile, model: Model, entry: Entry) -> GridError:
         model.weight(piece.spec.name).release()
     rms = float(np.sqrt(squares / total if total else squares))
     return GridError(entry.name, type_name, steps, not_finite, rms, product / total if total else 1.0)
-
-
-def _digests(file: GgufFile) -> Check:
-    """Our own files say what each tensor's bytes hash to: one flipped bit anywhere shows."""
-    stored = file.metadata.get(DIGESTS_KEY)
-    if not isinstance(stored, list):
-        return not_applicable("bytes.digests", f"the file does not carry {DIGESTS_KEY}")
-    if file.metadata.get(WRITTEN_TYPE_KEY) != file.metadata.get("general.file_type"):
-        return not_applicable(
-            "bytes.digests", "another program quantized this file again; the digests are of its source"
-        )
-    origin = "written with the file: the first 8 bytes of each tensor's SHA-256"
-    if len(stored) != len(file.tensors):
-        detail = f"{len(stored)} digests for {len(file.tensors)} tensors"
-        return Check("bytes.digests", False, len(stored), len(file.tensors), "digests", origin, detail)
-    changed = changed_tensors(file)
-    detail = named(changed) or f"{len(stored)} tensors"
-    return at_most("bytes.digests", len(changed), 0, "tensors", origin, detail=detail)
-
-
-def changed_tensors(file: GgufFile) -> list[str]:
-    """Returns the tensors whose bytes are not those that the file was written with; none where it does not say."""
-    stored = file.metadata.get(DIGESTS_KEY)
-    rewritten = file.metadata.get(WRITTEN_TYPE_KEY) != file.metadata.get("general.file_type")
-    if rewritten or not isinstance(stored, list) or len(stored) != len(file.tensors):
-        return []
-    return [name for name, digest in zip(file.tensors, stored, strict=True) if tensor_digest(file, name) != digest]
-
-
-def tensor_digest(file: GgufFile, name: str) -> int:
-    """Returns the first 8 bytes, little-endian, of the SHA-256 of a tensor's stored bytes."""
-    digest = hashlib.sha256()
-    data = file.bytes(name)
-    for start in range(0, len(data), HASH_BYTES):
-        digest.update(data[start : start + HASH_BYTES].data)
-    file.release(name)
-    return short_digest(digest.digest())
-
-
-def named(names: Sequence[str]) -> str:
-    """Returns the first names of a list and how many more there are; "" for none."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

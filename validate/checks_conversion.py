@@ -18,29 +18,17 @@ from typing import Any
 
 from llmx.errors import IntegrityError
 from llmx.exporters.artifact import disk_error
-from llmx.exporters.gguf_tensors import restore
 from llmx.validate import twin
 from llmx.validate.case import Case, boundaries
 from llmx.validate.checks_floor import ODD_BATCH, Recorded, compared, floor_check, limit_check, resolvable
+from llmx.validate.floors import EXACT, Floor
 from llmx.validate.gate import Limit
+from llmx.validate.kinds import kind_of
 from llmx.validate.metrics import Comparison, Divergence
 from llmx.validate.oracle import Reference
-from llmx.validate.report import Check, at_most, not_run
+from llmx.validate.report import Check, at_most, not_applicable, not_run
 from llmx.validate.runtimes import Session
 
-
-@dataclass(frozen=True, slots=True)
-class Floor:
-    """How near float32 arithmetic comes on a runtime: the largest mean KL (nats) and logit difference, and why."""
-
-    kl: float
-    logits: float
-    origin: str
-
-
-EXACT = Floor(1e-6, 1e-3, "float32 rounding; measured on llama.cpp: KL 2e-12 to 4e-12, logits 3e-5 to 8e-5")
-GELU_TABLE = Floor(1e-5, 2e-2, "ggml looks GELU up in a float16 table; measured: KL 1e-8 to 6e-8, logits 3e-3")
-FLOORS = {"silu": EXACT, "gelu": GELU_TABLE, "gelu_tanh": GELU_TABLE}
 NAMES = ("conversion.kl", "conversion.logits", "conversion.decode")
 POSITIONS, DECODED, SPREAD = 256, 64, 64  # more do not show more: a wrong number of the metadata moves all of them
 WHERE = {"window": "past the sliding window of", "context": "past the original context of"}
@@ -71,6 +59,11 @@ def check_conversion(case: Case) -> Iterator[Check]:
 
 
 def _checks(case: Case) -> Iterator[Check]:
+    kind = kind_of(case.file)
+    reason = kind.unmapped(case.file, case.model.architecture) or kind.no_exact_run(case.file)
+    if reason is not None:
+        yield from (not_applicable(name, reason) for name in NAMES)
+        return
     plan = _plan(case)
     if isinstance(plan, str):
         yield from (not_run(name, plan) for name in NAMES)
@@ -95,10 +88,11 @@ class _Size:
 def _plan(case: Case) -> _Size | str:
     """Returns how much of the model the twin holds, or why there can be none."""
     budget, layers = case.settings.twin_bytes, case.model.architecture.layers
-    sizes = {count: twin.twin_bytes(case.file, count) for count in (None, *range(layers - 1, 0, -1))}
+    sizes = kind_of(case.file).twin_sizes(case.file, layers)
     fitting = next((count for count, size in sizes.items() if size <= budget), layers)
     if fitting == layers:
-        return f"even one layer of the float32 twin takes {min(sizes.values())} bytes; its budget is {budget}"
+        part = "even one layer of " if len(sizes) > 1 else ""
+        return f"{part}the float32 twin takes {min(sizes.values())} bytes; its budget is {budget}"
     free = shutil.disk_usage(case.scratch).free
     if 2 * sizes[fitting] > free:
         return f"the float32 twins need {2 * sizes[fitting]} bytes of disk for a while; {free} are free"
@@ -112,17 +106,18 @@ def make_twins(case: Case, layers: int | None) -> Twins:
 
     Raises: IntegrityError when the artifact does not hold the checkpoint's tensors; ResourceError for a full disk.
     """
-    if layers is None and twin.is_its_own_twin(case.file):
+    kind = kind_of(case.file)
+    if layers is None and kind.is_its_own_twin(case.file):
         return Twins(case.artifact, case.model.checkpoint.folder, None)
-    restored = restore(case.file, case.model, case.entries)
+    restored = kind.restored(case.file, case.model, case.entries)
     folder = case.scratch / "twin"
     try:
         folder.mkdir()
-        twin.write_gguf_twin(case.file, folder / "twin.gguf", layers)
+        artifact = kind.write_twin(case.file, folder, layers)
         twin.write_checkpoint_twin(restored, case.model, folder / "checkpoint", layers)
     except OSError as error:
         raise disk_error(error, folder) from error
-    return Twins(folder / "twin.gguf", folder / "checkpoint", layers)
+    return Twins(artifact, folder / "checkpoint", layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +164,13 @@ def _judge(case: Case, twins: Twins, reference: Reference) -> Iterator[Check]:
         yield from (not_run(name, case.too_short) for name in NAMES)
         return
     trial, whole = _Trial(case, twins, reference), range(len(sequences[0]))
-    floor = FLOORS[case.model.architecture.activation]
+    floor = kind_of(case.file).floor(case.file, case.model.architecture)
     yield from _spread(trial, sequences[0][:SPREAD], floor)
     found = trial.run(sequences, whole)
     detail = f"{found.positions} positions, KL(transformers f32 ‖ runtime, f32 KV, exact kernels){twins.note}"
     yield at_most("conversion.kl", found.kl_mean, floor.kl, "nats", floor.origin, detail=detail)
     yield at_most("conversion.logits", found.max_logit_difference, floor.logits, "logits", floor.origin, detail=detail)
-    if floor is GELU_TABLE:
+    if floor.gelu_table:
         found = trial.run(sequences[:1], whole, table=True)
         detail = f"{found.positions} positions against transformers with such a table: the cause; the rest is rounding"
         yield at_most("conversion.gelu_table", found.kl_mean, EXACT.kl, "nats", EXACT.origin, detail=detail)

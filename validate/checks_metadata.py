@@ -6,13 +6,11 @@ of large activations hardly. So the numbers are compared as they stand, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from llmx.exporters.gguf_types import FILE_TYPES, FLOAT_TYPES, FileType, fitting
 from llmx.formats.ggml_blocks import BLOCKS
 from llmx.validate.case import Case
-from llmx.validate.hyperparameters import differences
-from llmx.validate.report import Check, at_most, not_applicable
+from llmx.validate.kinds import kind_of
+from llmx.validate.report import SHOWN, Check, at_most, not_applicable
 
 FILE_TYPE_KEY = "general.file_type"
 GUESSED = 1024  # added by programs that guessed the type
@@ -20,17 +18,23 @@ BY_ID = {file_type.id: file_type for file_type in FILE_TYPES.values()}
 NEAR = 0.85  # of the bits of a mix that is named for its size only; the nearest of those has at least 0.89
 
 
-def check_metadata(case: Case) -> Iterator[Check]:
-    """Yields bytes.numbers and bytes.type."""
-    wrong = differences(case.file, case.model.architecture)
-    detail = "; ".join(wrong) or "every number of the architecture"
-    yield at_most("bytes.numbers", len(wrong), 0, "numbers", "config.json of the checkpoint", detail=detail)
+def check_numbers(case: Case) -> Check:
+    """Returns bytes.numbers."""
+    wrong = kind_of(case.file).differences(case.file, case.model)
+    if isinstance(wrong, str):
+        return not_applicable("bytes.numbers", wrong)
+    detail = "; ".join(wrong[:SHOWN]) + (f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else "")
+    detail = detail or "every number of the architecture"
+    return at_most("bytes.numbers", len(wrong), 0, "numbers", "config.json of the checkpoint", detail=detail)
+
+
+def check_type(case: Case) -> Check:
+    """Returns bytes.type: whether a GGUF file holds the type that it is named by."""
     stored = case.file.metadata.get(FILE_TYPE_KEY)
     mix = BY_ID.get(stored % GUESSED) if isinstance(stored, int) else None
     if mix is None:
-        yield not_applicable("bytes.type", f"{FILE_TYPE_KEY} is {stored}, which says nothing of one type")
-    else:
-        yield _type(case, mix)
+        return not_applicable("bytes.type", f"{FILE_TYPE_KEY} is {stored}, which says nothing of one type")
+    return _type(case, mix)
 
 
 def _type(case: Case, mix: FileType) -> Check:

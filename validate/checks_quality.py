@@ -10,7 +10,7 @@ from math import prod
 from llmx.errors import ResourceError
 from llmx.validate.case import Case, Limits, Settings, Subject, boundaries
 from llmx.validate.checks_floor import resolvable
-from llmx.validate.gate import JUDGED_POSITIONS, KL_CHECKS, ORIGIN, Bound, Limit, default_bound
+from llmx.validate.gate import JUDGED_POSITIONS, KL_CHECKS, ORIGIN, Bound, Limit, bound_of
 from llmx.validate.metrics import Comparison, Divergence
 from llmx.validate.oracle import Reference
 from llmx.validate.report import Check, at_least, at_most, not_run, reported
@@ -43,7 +43,7 @@ def _checks(case: Case) -> Iterator[Check]:
             trial = _Trial(case, reference, session)
             prefill, decode = trial.prefill(), trial.decode(sequence)
         _note(case, prefill, decode)
-        bound = default_bound(case.file.tensors.values())
+        bound = bound_of(case.file)
         judging = Judging("quality", "transformers f32", bound, ORIGIN, case.limits, case.settings, case.chunk)
         yield from judging.figures(prefill.summary(), decode.summary())
         for name, boundary in boundaries(case.model.architecture).items():

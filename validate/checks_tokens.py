@@ -8,6 +8,7 @@ from llmx.errors import LlmxError
 from llmx.models.chat_template import render
 from llmx.validate.case import Case
 from llmx.validate.corpus import CORPUS
+from llmx.validate.kinds import kind_of
 from llmx.validate.oracle import Tokens, end_ids
 from llmx.validate.report import Check, at_most, not_applicable, not_run
 from llmx.validate.runtimes import Session
@@ -118,7 +119,7 @@ CONVERSATIONS: tuple[Conversation, ...] = (
 def check_template(case: Case, session: Session) -> Iterator[Check]:
     """Yields template.embedded (the template in the file) and template.runtime (the runtime's own rendering)."""
     names = ("template.embedded", "template.runtime")
-    stored = case.file.metadata.get("tokenizer.chat_template")
+    stored = kind_of(case.file).template(case.file)
     if not case.tokens.has_template:
         if stored is None:
             yield from (not_applicable(name, "the checkpoint has no chat template") for name in names)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from llmx.errors import CheckFailed, LlmxError, ResourceError, RuntimeMissing, UnsupportedError
-from llmx.formats.gguf import read_gguf_set
 from llmx.validate.case import PARALLEL_PARAMETERS
 from llmx.validate.charts import frontier
+from llmx.validate.kinds import Container, find_kind, kind_of
 from llmx.validate.metrics import Comparison
 from llmx.validate.record import Header, Record, compared, ids_digest
 from llmx.validate.report import EXIT_CODES, plain
@@ -128,13 +128,15 @@ def names(paths: Sequence[Path]) -> list[str]:
 def _row(path: Path, name: str, record: Record, text: str, runtime_of: Callable[[Path], Runtime], threads: int) -> Row:
     row = Row(name)
     try:
-        row, weights = _sized(row, path)
+        row, file = _sized(row, path)
         runtime = runtime_of(path)
+        path = path if file is None else kind_of(file).located(path)
         if (reason := runtime.unavailable()) is not None:
             raise RuntimeMissing(f"{runtime.name} is missing: {reason}")
         # As Case.threads: those of a small model would only wait for each other.
-        judging = threads if weights >= PARALLEL_PARAMETERS else 1
-        row = _judged(row, path, record, text, runtime, judging)
+        judging = threads if file is not None and file.weights >= PARALLEL_PARAMETERS else 1
+        read = text if file is None or kind_of(file).no_text(file) is None else None
+        row = _judged(row, path, record, read, runtime, judging)
         return _timed(row, path, record.header, runtime, threads)
     except (RuntimeMissing, ResourceError) as error:
         return replace(row, status=NOT_RUN, error=error.one_line, code=error.exit_code)
@@ -142,27 +144,24 @@ def _row(path: Path, name: str, record: Record, text: str, runtime_of: Callable[
         return replace(row, status=FAILED, error=error.one_line, code=CheckFailed.exit_code)
 
 
-def _sized(row: Row, path: Path) -> tuple[Row, int]:
-    """The row with its size, and how many weights there are; 0 where that is not known."""
-    if not path.is_file():
+def _sized(row: Row, path: Path) -> tuple[Row, Container | None]:
+    """The row with its size, and the opened artifact; None where it is of no format that llmx knows."""
+    if not path.exists():
         raise UnsupportedError("there is no such artifact")
-    row = replace(row, bytes=path.stat().st_size)
-    if not is_gguf(path):
-        return row, 0
-    file = read_gguf_set(path)
-    return replace(row, bytes=file.nbytes, bits_per_weight=file.bits_per_weight), file.weights
+    try:
+        kind = find_kind(path)
+    except UnsupportedError:
+        return replace(row, bytes=path.stat().st_size), None
+    file = kind.open(path)
+    return replace(row, bytes=file.nbytes, bits_per_weight=file.bits_per_weight), file
 
 
-def is_gguf(path: Path) -> bool:
-    """Tells whether a file begins as GGUF does, whatever its name."""
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
-
-
-def _judged(row: Row, path: Path, record: Record, text: str, runtime: Runtime, threads: int) -> Row:
+def _judged(row: Row, path: Path, record: Record, text: str | None, runtime: Runtime, threads: int) -> Row:
+    """The row with the figures. text: None for an artifact without a tokenizer, which is given the reference's ids."""
     header, found = record.header, Comparison()
     with runtime.open(path, threads=threads, context=header.chunk) as session:
-        _check_ids(session, text, header)
+        if text is not None:
+            _check_ids(session, text, header)
         build = session.build
         for tokens, rows in record.chunks():
             for figures in _blocks(session.logits(tokens), tokens, rows, header):

@@ -22,15 +22,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmx.errors import LlmxError
-from llmx.exporters.gguf_tensors import Entry, read_rows
-from llmx.formats.ggml_blocks import BLOCKS
-from llmx.formats.ggml_decode import decode
-from llmx.formats.ggml_packers import LAYOUTS
-from llmx.formats.gguf import GgufFile
+from llmx.exporters.encoding import encoding
+from llmx.exporters.gguf_tensors import Entry
 from llmx.models.model import Model
-from llmx.quant.grid import encode
-from llmx.validate.steps import decode_with_error
-from llmx.validate.twin import stored_rows
+from llmx.validate.kinds import Container, kind_of
+from llmx.validate.steps import block_weights, decode_with_error
 from llmx.validate.type_errors import USUAL_RMS
 
 FLOAT_BLOCK = 32  # weights looked at together in a type that has no blocks
@@ -83,16 +79,16 @@ class _Sums:
         self.count += error.size
 
 
-def gather(file: GgufFile, model: Model, entry: Entry) -> Evidence:
+def gather(file: Container, model: Model, entry: Entry) -> Evidence:
     """Returns the evidence of one stored tensor; memory follows a piece of its rows.
 
     model: the source, with the artifact's scales folded in where it has any.
     """
-    type_name = file.tensors[entry.name].type_name
-    block = max(BLOCKS[type_name].weights, FLOAT_BLOCK if entry.columns % FLOAT_BLOCK == 0 else 1)
+    kind, type_name = kind_of(file), file.tensors[entry.name].type_name
+    block = block_weights(type_name, entry.columns) or (FLOAT_BLOCK if entry.columns % FLOAT_BLOCK == 0 else 1)
     sums, not_finite, steps = _Sums(entry.columns), 0, 0.0
-    for start, data in stored_rows(file, entry.name):
-        source = read_rows(model, entry, start, start + len(data)).astype(np.float32, copy=False)
+    for start, data in kind.rows(file, entry.name):
+        source = kind.source_rows(model, entry, start, start + len(data)).astype(np.float32, copy=False)
         decoded, largest = decode_with_error(type_name, data, source)
         finite = np.isfinite(decoded)
         not_finite += decoded.size - int(finite.sum())
@@ -106,7 +102,8 @@ def gather(file: GgufFile, model: Model, entry: Entry) -> Evidence:
 def _rounded(type_name: str, source: np.ndarray) -> np.ndarray:
     """The source after rounding to the type; itself where it cannot be (a checkpoint with values out of range)."""
     try:
-        return decode(type_name, encode(type_name, source, effort="fast"))
+        kept = encoding(type_name)
+        return kept.decode(kept.encode(source, effort="fast"), source.shape[1])
     except LlmxError:
         return source
 
@@ -134,7 +131,7 @@ def _judged(entry: Entry, type_name: str, sums: _Sums, steps: float, not_finite:
         "gain": float(max(abs(slope - 1) - min(ee / ww, SHRINKING), 0) / np.sqrt(share)) if ww else 0.0,
         "bias": float(abs(sums.error) / np.sqrt(ee * sums.count)) if ee > share * ww * 0.25 else 0.0,
         **{name: float(ratio.max() / max(size, 1.0)) for name, ratio in ratios.items()},
-        "tails": _tails(blocks[0], blocks[3], sums.count) if type_name in LAYOUTS else 0.0,
+        "tails": _tails(blocks[0], blocks[3], sums.count) if block_weights(type_name, entry.columns) else 0.0,
         "unlike": float(np.median(cosines) - cosines.min()),
         "steps": float(steps / max(size, 1.0)),
     }

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from llmx.formats.gguf import GgufTensor
+from llmx.validate.kinds import Container, Stored
 from llmx.validate.report import Check, not_applicable
 
 ASKED = "asked for"
@@ -166,13 +166,22 @@ DEFAULTS: Mapping[str, Mapping[str, Bound]] = {
         "Q3_K": Bound(0.5, 0.3, 2.0),  # 3.4
         "Q2_K": Bound(1.5, 0.15, 4.0),  # 2.6
     },
+    "onnx": {
+        "F32": Bound(1e-4, 0.98, 1.005),  # 32
+        "F16": Bound(5e-4, 0.96, 1.01),  # 16
+        "BF16": Bound(2e-3, 0.94, 1.02),  # 16
+        "int8": Bound(0.02, 0.8, 1.08),  # 8.1 to 10, activations rounded to 8 bits as well
+        "int4-g16": Bound(0.3, 0.5, 1.5),  # 5 to 6.5
+        "int4-g32": Bound(0.3, 0.5, 1.5),  # 4.5 to 5.1
+        "int4": Bound(0.6, 0.3, 2.0),  # 4.1 to 4.6, in larger groups
+    },
 }
 COARSEST = Bound(1.5, 0.15, 4.0)  # for a type that is not in the table
 ORIGIN = "each type's limit, weighted by the weights in it"
 JUDGED_POSITIONS = 100  # below it, a share or a ratio says too little to be judged without being asked
 
 
-def default_bound(tensors: Iterable[GgufTensor], format_: str = "gguf") -> Bound:
+def default_bound(tensors: Iterable[Stored], format_: str = "gguf") -> Bound:
     """Returns the most that a sound file of these tensors may lose.
 
     The KL of small independent errors adds up, so each type counts by its share of the matrices' weights.
@@ -182,9 +191,21 @@ def default_bound(tensors: Iterable[GgufTensor], format_: str = "gguf") -> Bound
     whole = sum(size for size, _ in sizes)
 
     def weighted(figure: str) -> float:
-        return sum(size * getattr(table.get(name, COARSEST), figure) for size, name in sizes) / whole
+        return sum(size * getattr(_row(table, name), figure) for size, name in sizes) / whole
 
     return Bound(weighted("kl"), weighted("top1"), weighted("ppl_ratio"))
+
+
+def _row(table: Mapping[str, Bound], name: str) -> Bound:
+    """The row of a type; of whole numbers in groups, int4-g32-zp-float32, that of their bits and groups, or bits."""
+    bits, _, rest = name.partition("-")
+    keys = (name, f"{bits}-{rest.partition('-')[0]}", bits)
+    return next((table[key] for key in keys if key in table), COARSEST)
+
+
+def bound_of(file: Container) -> Bound:
+    """Returns the same of an opened artifact."""
+    return default_bound(file.tensors.values(), file.format)
 
 
 def resolved(limits: Limits, checks: Iterable[Check]) -> dict[str, dict[str, object]]:

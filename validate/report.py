@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -22,6 +22,7 @@ from llmx.errors import CheckFailed
 
 SCHEMA = "llmx.report/1"  # raise the number when a key changes its meaning or goes away
 EXIT_CODES = (4, 7, 5, 2)  # of a report that has not passed: a check, the runtime, memory or disk, a refused limit
+SHOWN = 8  # offenders of a check that are named
 SCHEMA_FILE = "schemas/report-1.json"  # every key, with its meaning and unit
 
 
@@ -80,6 +81,12 @@ def at_least(name: str, value: float, limit: float, unit: str, origin: str, *, d
 def reported(name: str, value: float | int | str | None, unit: str, detail: str = "") -> Check:
     """Returns a figure without a limit."""
     return Check(name, True, value, None, unit, "reported only", detail)
+
+
+def named(names: Sequence[str]) -> str:
+    """Returns the first names of a list and how many more there are; "" for none."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The artifact's decoded weights where a checkpoint's would be, so that everything that reads a model reads them too.
 
-GGUF tensors ── decoded, rows and gains restored ── checkpoint's own names and layout ── Model ── decoder
+stored tensors ── decoded, rows and gains restored ── checkpoint's own names and layout ── Model ── decoder
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmx.exporters.gguf_tensors import Entry, restore
-from llmx.formats.gguf import GgufFile
+from llmx.exporters.gguf_tensors import Entry
 from llmx.models.checkpoint import Checkpoint, CheckpointTensor
 from llmx.models.model import Model
+from llmx.validate.kinds import Container, kind_of
 
 HELD = 2  # decoded tensors kept: a matrix is read in blocks, and its bias between them
 
@@ -26,13 +26,13 @@ class RestoredCheckpoint(Checkpoint):
 
     __slots__ = ("_file", "_held", "_restored", "_stored_as")
 
-    def __init__(self, file: GgufFile, model: Model, entries: Sequence[Entry]) -> None:
+    def __init__(self, file: Container, model: Model, entries: Sequence[Entry]) -> None:
         """Raises: IntegrityError when the artifact lacks a tensor or has one of another shape."""
         source = model.checkpoint
         self.folder, self.source, self.config = source.folder, source.source, source.config
         self.generation_config = source.generation_config
         self._file = file
-        self._restored = restore(file, model, tuple(entries))
+        self._restored = kind_of(file).restored(file, model, entries)
         self._stored_as = {
             name: entry.name for entry in entries for piece in entry.pieces for name in piece.spec.source.names
         }
@@ -53,7 +53,7 @@ class RestoredCheckpoint(Checkpoint):
         """Nothing: what is kept is bounded anyway, and a tensor decoded for each of its blocks would take long."""
 
 
-def restored_model(file: GgufFile, model: Model, entries: Sequence[Entry]) -> Model:
+def restored_model(file: Container, model: Model, entries: Sequence[Entry]) -> Model:
     """The artifact's weights as a model of the same architecture.
 
     Raises: IntegrityError when the artifact lacks a tensor or has one of another shape.

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from llmx.exporters.encoding import GROUP_ENCODINGS, GroupEncoding
+from llmx.formats import onnx_groups
 from llmx.formats.ggml_blocks import BLOCKS
 from llmx.formats.ggml_decode import LEVELS, decode, decode_codes, expand
 from llmx.formats.ggml_packers import LAYOUTS, BlockScales, unpack
@@ -36,6 +38,8 @@ def decode_with_error(type_name: str, data: np.ndarray, source: np.ndarray) -> t
     data: u8[rows, row bytes]. source: f32[rows, cols].
     Raises: UnsupportedError for a type that llmx cannot decode.
     """
+    if type_name in GROUP_ENCODINGS:
+        return _groups_with_error(GROUP_ENCODINGS[type_name], data, source)
     if type_name not in LAYOUTS:
         decoded = decode(type_name, data)
         relative, smallest = FLOATS[type_name]
@@ -47,6 +51,24 @@ def decode_with_error(type_name: str, data: np.ndarray, source: np.ndarray) -> t
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(decoded - source).reshape(*step.shape, -1).max(axis=2)
         return decoded, _largest((error - rounding) / np.maximum(step, SMALLEST_HALF))
+
+
+def block_weights(type_name: str, cols: int) -> int:
+    """Returns how many weights of a row share their scales; 0 for floats, which have none."""
+    if type_name in GROUP_ENCODINGS:
+        group = GROUP_ENCODINGS[type_name].layout.group_weights(cols)
+        return group if cols % group == 0 else cols  # a ragged row is looked at as a whole
+    return BLOCKS[type_name].weights if type_name in LAYOUTS else 0
+
+
+def _groups_with_error(kept: GroupEncoding, data: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, float]:
+    """The same of whole numbers in groups: the step is the group's scale."""
+    cols = source.shape[1]
+    decoded = kept.decode(data, cols)
+    scales = onnx_groups.unpack(kept.layout, data, cols).scales
+    step = np.repeat(np.abs(scales), kept.layout.group_weights(cols), axis=1)[:, :cols]
+    with np.errstate(invalid="ignore", over="ignore"):
+        return decoded, _largest(np.abs(decoded - source) / np.maximum(step, SMALLEST_HALF))
 
 
 def steps(type_name: str, scales: BlockScales) -> tuple[np.ndarray, np.ndarray]:

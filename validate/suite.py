@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from llmx.errors import CheckFailed, IntegrityError, ResourceError, RuntimeMissing, UsageError
-from llmx.formats.gguf import GgufFile, read_gguf_set
 from llmx.models.model import Model, open_model
 from llmx.validate.blame import NAME as BLAME_NAME
 from llmx.validate.blame import check_blame
@@ -32,11 +31,11 @@ from llmx.validate.checks_quality import NAMES as QUALITY_NAMES
 from llmx.validate.checks_quality import check_quality, check_speed
 from llmx.validate.checks_tokens import check_template, check_tokens
 from llmx.validate.gate import resolved
+from llmx.validate.kinds import ArtifactKind, Container, find_kind, kind_of
 from llmx.validate.oracle import Tokens
 from llmx.validate.report import Check, Report, not_applicable, not_run
 from llmx.validate.runtimes import Runtime, find_runtime
 from llmx.validate.sample_text import SAMPLE_TEXT
-from llmx.validate.stock_types import stock_types
 
 TOKEN_CONTEXT = 64  # tokenizing needs no context to speak of
 LOADS = "runtime.loads"
@@ -73,6 +72,9 @@ def check_text(case: Case) -> Iterator[Check]:
         return
     with session:
         yield Check(LOADS, True, origin=origin, detail=session.build)
+        if (reason := kind_of(case.file).no_text(case.file)) is not None:
+            yield from (not_applicable(name, reason) for name in TEXT_NAMES)
+            return
         yield from check_tokens(case, session)
         yield from check_template(case, session)
 
@@ -109,7 +111,7 @@ def validate(
     reference: Model | Path | str | None,
     *,
     against: Path | None = None,
-    runtime: Runtime | str = "llama.cpp",
+    runtime: Runtime | str | None = None,
     text: str | None = None,
     limits: Limits | None = None,
     settings: Settings | None = None,
@@ -117,8 +119,10 @@ def validate(
 ) -> Report:
     """Runs every check of one artifact and returns the report. Nothing is written but temporary files.
 
-    artifact: a GGUF file, or the first of a split set. reference: the checkpoint that it was made from; None leaves out
-    what takes it, and `against` then stands in its place. against: another artifact, to be judged against.
+    artifact: a GGUF file, the first of a split set, an ONNX graph or its folder. reference: the checkpoint that it was
+    made from; None leaves out what takes it, and `against` then stands in its place. against: another artifact, to be
+    judged against.
+    runtime: None takes that of the artifact's format.
     text: what the model reads; None takes the built-in sample. progress: called with each stage's kind before it runs.
     A runtime that is missing leaves "not run" in the report, which then has not passed.
     Raises: IntegrityError when a file is no sound container (cut, hostile); what open_model raises; UsageError when
@@ -128,10 +132,11 @@ def validate(
         raise UsageError("the evaluation text is empty", fix="give a text of a few thousand words, or none")
     if reference is None and against is None:
         raise UsageError("there is nothing to judge the artifact against", fix="give a reference or another artifact")
+    kind = find_kind(artifact)
     common = {
-        "artifact": artifact,
-        "file": read_gguf_set(artifact),
-        "runtime": find_runtime(runtime) if isinstance(runtime, str) else runtime,
+        "artifact": kind.located(artifact),
+        "file": kind.open(artifact),
+        "runtime": _runtime(kind, runtime),
         "text": SAMPLE_TEXT if text is None else text,
         "limits": limits or Limits(),
         "settings": settings or Settings(),
@@ -143,13 +148,26 @@ def validate(
             common |= {"findings": case.findings, "noise": case.noise}
         pair = None
         if against is not None:
-            pair = Pair(**common, other=against, other_file=read_gguf_set(against), alone=case is None)
+            pair = _pair(common, against, runtime, alone=case is None)
         return _report(case, pair, text is None, progress)
+
+
+def _runtime(kind: ArtifactKind, asked: Runtime | str | None) -> Runtime:
+    named = kind.runtime if asked is None else asked
+    return find_runtime(named) if isinstance(named, str) else named
+
+
+def _pair(common: dict[str, Any], against: Path, asked: Runtime | str | None, *, alone: bool) -> Pair:
+    """The artifact and the other one, which may be of another format and then has a runtime of its own."""
+    kind, file = find_kind(against), common["file"]
+    own = _runtime(kind, asked) if kind.name != file.format else None
+    return Pair(**common, other=kind.located(against), other_file=kind.open(against), alone=alone, other_runtime=own)
 
 
 def _case(common: dict[str, Any], reference: Model | Path | str) -> Case:
     model = reference if isinstance(reference, Model) else open_model(reference)
-    case = Case(**common, model=model, tokens=Tokens(model.checkpoint.folder))
+    file = kind_of(common["file"]).mapped(common["file"], model.architecture)
+    case = Case(**{**common, "file": file}, model=model, tokens=Tokens(model.checkpoint.folder))
     _require_text(case)
     return case
 
@@ -170,7 +188,7 @@ def _report(case: Case | None, pair: Pair | None, built_in: bool, progress: Call
         if case.settings.blame or failed & BLAMED:
             progress(BLAME.kind)
             checks += tuple(_guarded(BLAME, case))
-        case.findings.note("stock_types", stock_types(case.model.architecture, case.entries))
+        case.findings.note("stock_types", kind_of(case.file).stock_types(case))
     checks += tuple(subject.limits.unused(check.name for check in checks))
     # Two builds of llama.cpp differ by KL 0.03 on some k-quants, so the exact one is recorded.
     build = next((check.detail for check in checks if check.name == LOADS and check.passed), None)
@@ -262,6 +280,6 @@ def _reference(case: Case | None, pair: Pair | None) -> dict[str, object]:
     return {"id": pair.other.name, "revision": None, "kind": f"another artifact, on {pair.runtime.name}"}
 
 
-def _file(path: Path, file: GgufFile) -> dict[str, object]:
+def _file(path: Path, file: Container) -> dict[str, object]:
     assert file.bits_per_weight is not None, "a file that is judged holds tensors"
     return {"name": path.name, "bytes": file.nbytes, "bits_per_weight": round(file.bits_per_weight, 4)}

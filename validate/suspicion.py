@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmx.exporters.gguf_tensors import Entry, decoded_rows, read_rows
-from llmx.formats.gguf import GgufFile
+from llmx.exporters.gguf_tensors import Entry
 from llmx.models.model import Model
 from llmx.validate.evidence import Evidence
+from llmx.validate.kinds import Container, kind_of
 
 SOUND: Mapping[str, float] = {
     # figure -> what sound tensors of rounded files stay below
@@ -117,19 +117,19 @@ REASONS: Mapping[str, Callable[[Evidence, float], str]] = {
 }
 
 
-def identify(file: GgufFile, model: Model, e: Evidence, entries: Sequence[Entry]) -> str | None:
+def identify(file: Container, model: Model, e: Evidence, entries: Sequence[Entry]) -> str | None:
     """Returns what a tensor that is not like its source holds instead, or None where that cannot be told.
 
     Looked at are some rows of it: another tensor's, the same rows in another order, transposed, of opposite sign.
     """
-    entry = e.entry
+    kind, entry = kind_of(file), e.entry
     if e.similar > 1 - ALIKE / 2 or len(entry.shape) == 1 or not e.figures["size"] > 0:
         return None
     rows = np.linspace(0, entry.rows - 1, min(SAMPLE, entry.rows)).astype(np.int64)
-    held = np.nan_to_num(np.concatenate([decoded_rows(file, entry.name, row, row + 1) for row in rows]))
+    held = np.nan_to_num(np.concatenate([kind.decoded(file, entry.name, row, row + 1) for row in rows]))
 
     def source(of: Entry) -> np.ndarray:
-        return np.concatenate([read_rows(model, of, row, row + 1) for row in rows])
+        return np.concatenate([kind.source_rows(model, of, row, row + 1) for row in rows])
 
     if _cosine(held, source(entry)) < -ALIKE:
         return "it holds its source with the opposite sign"
@@ -140,7 +140,7 @@ def identify(file: GgufFile, model: Model, e: Evidence, entries: Sequence[Entry]
     }
     if alike and (name := max(alike, key=lambda name: alike[name])) and alike[name] > ALIKE:
         return f"it holds {name} (cosine {alike[name]:.2f})"
-    whole = read_rows(model, entry, 0, entry.rows)
+    whole = kind.source_rows(model, entry, 0, entry.rows)
     if entry.rows == entry.columns and _cosine(held, whole.T[rows]) > ALIKE:
         return "it holds its source transposed"
     if _moved_rows(held, whole, rows) > 0.5:

@@ -19,7 +19,7 @@ from llmx.formats.gguf import GgufFile, TensorInfo, Value, array, layout, read_g
 from llmx.models.model import open_model
 from llmx.models.tokenizer import open_tokenizer
 from llmx.validate.case import Case, Limits, Settings
-from llmx.validate.checks_bytes import tensor_digest
+from llmx.validate.gguf_kind import tensor_digest
 from llmx.validate.oracle import Tokens
 from llmx.validate.runtimes import Runtime, find_runtime
 from llmx.validate.sample_text import SAMPLE_TEXT

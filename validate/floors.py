@@ -1,0 +1,28 @@
+"""How near a runtime's float32 arithmetic comes to that of transformers, by format and activation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The largest mean KL (nats) and logit difference of a sound conversion, and why.
+
+    gelu_table: the runtime looks GELU up in a table, which accounts for most of it.
+    """
+
+    kl: float
+    logits: float
+    origin: str
+    gelu_table: bool = False
+
+
+EXACT = Floor(1e-6, 1e-3, "float32 rounding; measured on llama.cpp: KL 2e-12 to 4e-12, logits 3e-5 to 8e-5")
+GELU_TABLE = Floor(
+    1e-5, 2e-2, "ggml looks GELU up in a float16 table; measured: KL 1e-8 to 6e-8, logits 3e-3", gelu_table=True
+)
+ONNX_F32 = Floor(1e-6, 1e-3, "float32 rounding")
+ONNX_F16 = Floor(1e-4, 1.0, "float16 activations")
+GGUF_FLOORS: Mapping[str, Floor] = {"silu": EXACT, "gelu": GELU_TABLE, "gelu_tanh": GELU_TABLE}

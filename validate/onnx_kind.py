@@ -1,0 +1,206 @@
+"""ONNX, as the checks see it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmx.errors import IntegrityError, LlmxError
+from llmx.exporters.encoding import encoding
+from llmx.exporters.gguf_tensors import Entry, Piece, assembled, read_rows
+from llmx.exporters.manifest import manifest_path
+from llmx.exporters.manifest_reader import HashedTensor, read_manifest
+from llmx.exporters.onnx_genai import CONFIG_NAME
+from llmx.formats.onnx import MODEL_NAME
+from llmx.formats.onnx_reader import graph_path
+from llmx.models.architecture import Architecture, TensorSpec
+from llmx.models.folded import NORM_ROLES
+from llmx.models.model import Model
+from llmx.validate import onnx_graph
+from llmx.validate.case import Case
+from llmx.validate.floors import ONNX_F16, ONNX_F32, Floor
+from llmx.validate.onnx_artifact import TOKENIZER, OnnxArtifact, mapped, open_onnx
+from llmx.validate.onnx_weights import pieces
+from llmx.validate.report import Check, at_most, named, not_applicable
+
+CHUNK_BYTES = 8 << 20  # of decoded float32 rows at a time
+HASH_BYTES = 1 << 20
+OURS = 0.5  # of the checkpoint's tensors, by name: then all others are missing
+ROUNDED = ("DynamicQuantizeLinear", "QuantizeLinear", "MatMulInteger", "QLinearMatMul")
+
+
+class OnnxKind:
+    """See ArtifactKind."""
+
+    name = "onnx"
+    runtime = "onnxruntime"
+
+    def recognises(self, path: Path) -> bool:
+        return path.suffix == ".onnx" or (path.is_dir() and (path / MODEL_NAME).is_file())
+
+    def located(self, path: Path) -> Path:
+        return graph_path(path)
+
+    def open(self, path: Path) -> OnnxArtifact:
+        return open_onnx(path)
+
+    def mapped(self, file: OnnxArtifact, architecture: Architecture) -> OnnxArtifact:
+        return mapped(file, architecture)
+
+    def unmapped(self, file: OnnxArtifact, architecture: Architecture) -> str | None:
+        wanted = {spec.name for spec in architecture.tensors}
+        if len(wanted & file.tensors.keys()) >= OURS * len(wanted):
+            return None
+        maker = file.file.producer[0] or "an unknown program"
+        return f"{maker} names the weights of its graphs otherwise; quality and speed judge what they compute"
+
+    def entries(self, file: OnnxArtifact, model: Model, vocabulary: int) -> tuple[Entry, ...]:
+        return (*(_entry(spec, model) for spec in model.architecture.tensors), *_tables(file, model))
+
+    def source_rows(self, model: Model, entry: Entry, start: int, stop: int) -> np.ndarray:
+        if entry.constant is not None:
+            return entry.constant.reshape(entry.rows, entry.columns)[start:stop]
+        return read_rows(model, entry, start, stop)
+
+    def rows(self, file: OnnxArtifact, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        yield from pieces(file.tensors[name], CHUNK_BYTES)
+        file.release(name)
+
+    def decoded(self, file: OnnxArtifact, name: str, start: int, stop: int) -> np.ndarray:
+        kept = file.tensors[name]
+        return encoding(kept.type_name).decode(kept.rows(start, stop), kept.shape[-1])
+
+    def restored(
+        self, file: OnnxArtifact, model: Model, entries: Sequence[Entry]
+    ) -> dict[str, Callable[[], np.ndarray]]:
+        by_name = {entry.name: entry for entry in entries}
+        problems = []
+        for entry in entries:
+            kept = file.tensors.get(entry.name)
+            if kept is None:
+                problems.append(f"{entry.name} is missing")
+            elif kept.shape != entry.shape:
+                problems.append(f"{entry.name} has shape {kept.shape}, expected {entry.shape}")
+        if problems:
+            raise IntegrityError("the artifact does not hold this checkpoint's tensors", problems=problems)
+
+        def canonical(spec: TensorSpec, expert: int | None) -> np.ndarray:
+            entry = by_name[spec.name]
+            rows = entry.rows_per_expert if expert is not None else entry.rows
+            start = rows * (expert or 0)
+            values = self.decoded(file, spec.name, start, start + rows)
+            if entry.pieces[0].transform == "gain":
+                values = values - np.float32(model.architecture.norm_offset)
+            return values.reshape(spec.shape if expert is None else spec.shape[1:])
+
+        return assembled(model, canonical)
+
+    def changed(self, file: OnnxArtifact) -> list[str] | str:
+        path = manifest_path(file.paths[0])
+        if not path.is_file():
+            return f"there is no {path.name} beside the graph that says what its weights hash to"
+        try:
+            told = read_manifest(path).tensors
+        except LlmxError as error:
+            return f"{path.name} cannot be read: {error.what}"
+        return sorted({tensor.name for tensor in told if not _holds(file, tensor)})
+
+    def digest_check(self, file: OnnxArtifact) -> Check:
+        changed = self.changed(file)
+        if isinstance(changed, str):
+            return not_applicable("bytes.digests", changed)
+        origin = "the manifest beside the graph: the SHA-256 of each tensor's bytes"
+        return at_most("bytes.digests", len(changed), 0, "tensors", origin, detail=named(changed) or "every tensor")
+
+    def differences(self, file: OnnxArtifact, model: Model) -> list[str] | str:
+        return onnx_graph.differences(file, model)
+
+    def more_checks(self, case: Case) -> Iterator[Check]:
+        yield _padding(case.file)  # type: ignore[arg-type]
+
+    def twin_sizes(self, file: OnnxArtifact, layers: int) -> dict[int | None, int]:
+        return {None: 4 * file.weights}
+
+    def is_its_own_twin(self, file: OnnxArtifact) -> bool:
+        return all(kept.type_name == "F32" for kept in file.tensors.values())
+
+    def write_twin(self, file: OnnxArtifact, folder: Path, layers: int | None) -> Path:
+        return file.paths[0]  # the runtime computes it in float32 as it is, see `Runtime.open`
+
+    def no_exact_run(self, file: OnnxArtifact) -> str | None:
+        found = [name for name in file.file.operators if name.rpartition(".")[2] in ROUNDED]
+        return f"the graph itself rounds activations ({', '.join(found)})" if found else None
+
+    def floor(self, file: OnnxArtifact, architecture: Architecture) -> Floor:
+        halves = any(kept.type_name == "F16" for kept in file.tensors.values())
+        return ONNX_F16 if halves else ONNX_F32
+
+    def no_text(self, file: OnnxArtifact) -> str | None:
+        missing = [name for name in (CONFIG_NAME, TOKENIZER) if not (file.folder / name).is_file()]
+        return f"its folder has no {' and no '.join(missing)}, so nothing in it reads text" if missing else None
+
+    def template(self, file: OnnxArtifact) -> str | None:
+        return file.template
+
+    def token_texts(self, file: OnnxArtifact) -> list[object]:
+        return []
+
+    def context_length(self, file: OnnxArtifact) -> int:
+        told = file.beside.get(CONFIG_NAME, {}).get("model")
+        found = told.get("context_length") if isinstance(told, dict) else None
+        if not isinstance(found, int) or found < 1:
+            what = f"{CONFIG_NAME} does not say how many tokens the model takes"
+            raise IntegrityError(what, where=file.folder, fix="give the checkpoint as --reference")
+        return found
+
+    def stock_types(self, case: Case) -> list[dict[str, Any]]:
+        return []
+
+
+def _entry(spec: TensorSpec, model: Model) -> Entry:
+    gain = spec.role in NORM_ROLES and spec.part == "weight" and model.architecture.norm_offset != 0
+    quantizable = spec.part == "weight" and len(spec.shape) > 1 and spec.role not in ("router", "position_embedding")
+    return Entry(spec.name, spec.role, spec.layer, spec.shape, quantizable, (Piece(spec, "gain" if gain else "none"),))
+
+
+def _tables(file: OnnxArtifact, model: Model) -> Iterator[Entry]:
+    """What the exporter made itself: cosines and sines of all positions."""
+    found = onnx_graph.recorded(file, model)
+    stored = () if isinstance(found, str) else found[0].values()
+    for one in stored:
+        if one.table is not None:
+            yield Entry(one.name, None, None, one.shape, False, constant=one.table.astype(np.float32))
+
+
+def _holds(file: OnnxArtifact, tensor: HashedTensor) -> bool:
+    """Whether the bytes at the tensor's place are those that were written."""
+    path = next((path for path in file.paths if path.name == tensor.file), None)
+    mapped_file = None if path is None else file.file.maps.get(path)
+    if mapped_file is None or tensor.offset + tensor.nbytes > len(mapped_file):
+        return False
+    digest = hashlib.sha256()
+    for start in range(tensor.offset, tensor.offset + tensor.nbytes, HASH_BYTES):
+        digest.update(mapped_file[start : min(start + HASH_BYTES, tensor.offset + tensor.nbytes)])
+    return digest.hexdigest() == tensor.sha256
+
+
+def _padding(file: OnnxArtifact) -> Check:
+    """What lies between the weights: nothing reads it, so something there was not written by an exporter."""
+    stray = 0
+    for path, data in file.file.maps.items():
+        placed = sorted((t.offset, t.offset + t.nbytes) for t in file.file.tensors.values() if t.file == path)
+        end = 0
+        for start, stop in [*placed, (0 if data is None else len(data),) * 2]:
+            if data is not None and start > end:
+                stray += int(np.count_nonzero(np.frombuffer(data, np.uint8, start - end, end)))
+            end = max(end, stop)
+    return at_most(
+        "bytes.padding", stray, 0, "bytes", "what lies between weights is zero", detail="outside all weights"
+    )
+
+
+ONNX = OnnxKind()
