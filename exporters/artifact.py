@@ -67,6 +67,30 @@ def check_room(folder: Path, nbytes: int) -> None:
         )
 
 
+def check_folder(targets: list[Path]) -> None:
+    """Refuse a folder of an artifact's own, or files in it, that are symbolic links or no folder.
+
+    Written through a link, files would appear where nobody looked.
+    Raises: UsageError naming every offence.
+    """
+    folders = [targets[0].parent, failed_names(targets, is_folder=True)[0].parent]
+    links = [str(path) for path in (*folders, *targets) if path.is_symlink()]
+    if links:
+        raise UsageError("the target is a symbolic link", problems=links, fix="choose another -o, or remove the link")
+    files = [str(path) for path in folders if path.exists() and not path.is_dir()]
+    if files:
+        raise UsageError("the target is a folder, and a file is in its place", problems=files, fix="choose another -o")
+
+
+def failed_names(targets: list[Path], *, is_folder: bool) -> list[Path]:
+    """What the files of an artifact that did not pass are called. is_folder: its folder has the other name instead."""
+    if not is_folder:
+        return [target.with_name(target.name + FAILED) for target in targets]
+    # "here" and "above" have no name that something can be put behind, so that what they stand for is asked.
+    folder = targets[0].parent if targets[0].parent.name not in ("", "..") else targets[0].parent.resolve()
+    return [folder.with_name(folder.name + FAILED) / target.name for target in targets]
+
+
 def make_folder(folder: Path) -> None:
     """Create the target folder. Raises: UsageError when it cannot be made or written to."""
     try:
@@ -80,12 +104,15 @@ def make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def partial_files(targets: list[Path]) -> Iterator[list[Path]]:
-    """Paths with the targets' names in a temporary folder beside them, removed with all that is left in it.
+def partial_files(targets: list[Path], workplace: Path | None = None) -> Iterator[list[Path]]:
+    """Paths with the targets' names in a temporary folder beside workplace, removed with all that is left in it.
+
+    workplace: the first target, or the folder that all of them become.
 
     Call `publish` inside the block to move the files to the final names.
     """
-    folder = targets[0].parent / f".{targets[0].name}{PARTIAL}-{os.getpid()}"
+    workplace = workplace or targets[0]
+    folder = workplace.parent / f".{workplace.name}{PARTIAL}-{os.getpid()}"
     folder.mkdir()
     try:
         yield [folder / target.name for target in targets]
@@ -101,6 +128,23 @@ def publish(partial: list[Path], targets: list[Path]) -> None:
         path.replace(target)
     for folder in {target.parent for target in targets}:
         _fsync(folder)
+
+
+def publish_folder(partial: list[Path], targets: list[Path]) -> None:
+    """Make finished files, which are all that is in their folder, the folder of the targets.
+
+    Where there is none yet, it appears with all its files at once. Else the file to load is the first to go and the
+    last to come, so that no reader meets a mixture of the old artifact and the new one.
+    """
+    folder = targets[0].parent
+    if not folder.exists():
+        for path in (*partial, partial[0].parent):
+            _fsync(path)
+        partial[0].parent.rename(folder)
+        _fsync(folder.parent)
+        return
+    targets[0].unlink(missing_ok=True)
+    publish(partial, targets)
 
 
 def write_text(path: Path, content: str) -> None:

@@ -1,6 +1,7 @@
 """The manifest: what an artifact is, down to each tensor's sha256, and all that is needed to make the same bytes again.
 
     NAME.manifest.json beside NAME.gguf, or beside the first of NAME-00001-of-00003.gguf
+    model.manifest.json in the folder of model.onnx
 
 It holds no time, no path and nothing else of the machine that does not shape bytes: the same export writes the same
 manifest. schemas/manifest-1.json says what each key means.
@@ -21,14 +22,14 @@ from typing import TYPE_CHECKING, Any, Self
 from llmx.errors import IntegrityError
 
 if TYPE_CHECKING:
-    from llmx.exporters.gguf import GgufExport
     from llmx.exporters.quantization import Quantization
+    from llmx.exporters.target import Exporter
     from llmx.models.checkpoint import Checkpoint
 
 SCHEMA = "llmx.manifest/1"
 SCHEMA_FILE = Path(__file__).with_name("schemas") / "manifest-1.json"
 SUFFIX = ".manifest.json"
-# The libraries whose arithmetic or writing reaches the bytes.
+# The libraries whose arithmetic or writing reaches the bytes; a format may name others.
 LIBRARIES = ("gguf", "jinja2", "numba", "numpy", "tokenizers", "torch")
 # Every file of a checkpoint that an export may read besides its weights; each that is there is hashed.
 SOURCE_NAMES = (
@@ -106,15 +107,16 @@ class SourceHashes:
         return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def library_versions() -> dict[str, str]:
-    """The version of each of LIBRARIES."""
-    return {name: metadata.version(name) for name in LIBRARIES}
+def library_versions(others: Sequence[str] = ()) -> dict[str, str]:
+    """The version of each of LIBRARIES and of others."""
+    return {name: metadata.version(name) for name in sorted({*LIBRARIES, *others})}
 
 
 def describe(
-    exporter: GgufExport,
+    exporter: Exporter,
     quantization: Quantization,
     *,
+    libraries: Sequence[str],
     source_files: Sequence[Mapping[str, Any]],
     files: Sequence[Mapping[str, Any]],
     digests: Sequence[str],
@@ -125,15 +127,15 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest of a written export.
 
-    files, source_files: name, bytes, sha256 of each. digests: each tensor's, in file order. importance: name and sha256
-    of the matrix. budget: what --target-size or --target-bpw asked. runtime: name and build, None where nothing was
-    rerun.
+    libraries: that only this format uses. files, source_files: name, bytes, sha256 of each. digests: each tensor's, in
+    file order. importance: name and sha256 of the matrix. budget: what --target-size or --target-bpw asked. runtime:
+    name and build, None where nothing was rerun.
     """
     source = exporter.model.checkpoint.source
     return {
         "schema": SCHEMA,
         "tool": {"name": "llmx", "version": metadata.version("llmx")},
-        "libraries": library_versions(),
+        "libraries": library_versions(libraries),
         "format": exporter.plan.format,
         "type": exporter.plan.type_name,
         "files": [dict(file) for file in files],
@@ -144,7 +146,7 @@ def describe(
         "importance": None if importance is None else dict(importance),
         "options": {
             "tensor_types": list(tensor_types),
-            "split_max_bytes": exporter.options.split_max_bytes,
+            **exporter.manifest_options(),
             "budget": None if budget is None else dict(budget),
         },
         "runtime": None if runtime is None else dict(runtime),
@@ -158,12 +160,8 @@ def as_text(told: Mapping[str, Any]) -> str:
     return f'{rest[:-2]},\n "tensors": [\n  {tensors}\n ]\n}}\n'
 
 
-def _tensors(exporter: GgufExport, names: Sequence[str], digests: Sequence[str]) -> list[dict[str, Any]]:
-    places = {
-        name: {"file": file, "offset": place.offset}
-        for file, shard in zip(names, exporter.layouts, strict=True)
-        for name, place in shard.placements.items()
-    }
+def _tensors(exporter: Exporter, names: Sequence[str], digests: Sequence[str]) -> list[dict[str, Any]]:
+    places = {name: {"file": names[number], "offset": offset} for name, (number, offset) in exporter.places().items()}
     return [
         {
             "name": step.name,

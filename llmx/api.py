@@ -8,8 +8,9 @@ from typing import Any
 from llmx.chatting import Chat, ChatRequest
 from llmx.differing import diff
 from llmx.errors import UsageError
-from llmx.exporting import ExportRequest, ExportResult, export, plan
+from llmx.exporting import ExportResult, export
 from llmx.measuring import CalibrateRequest, CalibrateResult, calibrate
+from llmx.preparing import ExportRequest, plan
 from llmx.validating import available_cores, exit_code, limits, validate
 from llmx.verifying import sign, verify
 

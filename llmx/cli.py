@@ -32,13 +32,16 @@ def commands() -> None:
 @click.option(
     "--from-manifest", type=options.FILE, metavar="FILE", help="Make the bytes of this manifest again, from MODEL."
 )
-@click.option("-o", "--output", type=options.ANY, default=Path(), show_default=".", help="A folder, or a .gguf file.")
+@click.option(
+    "-o", "--output", type=options.ANY,
+    help="A folder, or a .gguf file. [default: the current folder; ONNX: a new one in it]",
+)  # fmt: skip
 @options.threads
 @click.option("--validate/--no-validate", default=True, show_default=True, help="Rerun the artifact on its runtime.")
 @options.limits
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
 @options.json_option
-def export(output: Path, validate: bool, force: bool, as_json: bool, **chosen: Any) -> None:
+def export(output: Path | None, validate: bool, force: bool, as_json: bool, **chosen: Any) -> None:
     """Turn MODEL (a folder or a hub id) into an artifact, rerun it on its runtime and report.
 
     \b
@@ -48,6 +51,7 @@ def export(output: Path, validate: bool, force: bool, as_json: bool, **chosen: A
       llmx export ./model --type Q4_K_M --imatrix imatrix.gguf --tensor-type 'attn_v=Q8_0'
       llmx export ./model --bits 4 --method gptq --calibration my.txt --effort best
       llmx export ./model --target-bpw 4.2 --calibration chats.jsonl
+      llmx export ./model --format onnx --bits 16 -o model-onnx/
       llmx export ./model --from-manifest model-Q4_K_M.manifest.json -o again/
     """
     from llmx import api, describe

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmx.exporting import ExportResult, Prepared
+    from llmx.exporting import ExportResult
     from llmx.measuring import CalibrateResult
+    from llmx.preparing import Prepared
     from llmx.validate.report import Report
 
 _SHOWN_ITEMS = 4

@@ -11,8 +11,8 @@ from llmx.errors import CheckFailed, IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from llmx.exporters.manifest_reader import Manifest
-    from llmx.exporting import ExportRequest, Prepared
     from llmx.models.model import Model
+    from llmx.preparing import ExportRequest, Prepared
     from llmx.quant.recipe import Recipe
     from llmx.validate.report import Report
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SAID = {
     "bits": "--bits",
     "type_name": "--type",
+    "dialect": "--dialect",
     "method": "--method",
     "effort": "--effort",
     "recipe": "--recipe",
@@ -60,6 +61,7 @@ def as_it_was(request: ExportRequest) -> tuple[ExportRequest, Manifest | None]:
         model=request.model or _hub_id(source, request.from_manifest),
         revision=source["revision"] if not request.model or not Path(request.model).is_dir() else None,
         format=told["format"],
+        dialect=options.get("dialect"),
         tensor_types=tuple(options["tensor_types"]),
         split_max_size=None if split is None else str(split),
         target_size=None if "bytes" not in budget else str(budget["bytes"]),
@@ -86,6 +88,7 @@ def manifest_of(
     return describe(
         prepared.exporter,
         prepared.quantization,
+        libraries=prepared.format.libraries,
         source_files=source_files,
         files=files,
         digests=digests,

@@ -73,7 +73,7 @@ def test_bfloat16_kept_as_bfloat16_passes_through_bit_for_bit(tmp_path: Path) ->
 
 def test_an_f32_file_restores_the_checkpoint_exactly(tmp_path: Path) -> None:
     file = read_gguf(export(EXAMPLE, tmp_path / "f.gguf", type_name="F32"))
-    export_plan = api.plan(api.ExportRequest(str(EXAMPLE), type_name="F32")).exporter
+    export_plan = api.plan(api.ExportRequest(str(EXAMPLE), type_name="F32")).exporter.export
     model = open_model(EXAMPLE)
     for name, thunk in restore(file, model, export_plan.entries).items():
         expected = model.checkpoint.bytes(name).view(np.uint16).astype(np.uint32) << 16
@@ -241,7 +241,7 @@ def test_the_name_follows_the_fields_convention_and_the_model_card_travels(tmp_p
     model = Path(shutil.copytree(EXAMPLE, tmp_path / "Tiny-Qwen3-3M-Instruct-v1.2"))
     (model / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a, b]\nbase_model: Qwen/Qwen3-0.6B\n---\n")
     (model / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "eos_token_id": 2}))
-    planned = api.plan(api.ExportRequest(str(model))).exporter
+    planned = api.plan(api.ExportRequest(str(model))).exporter.export
     assert planned.plan.files[0].name == "Tiny-Qwen3-3M-Instruct-v1.2-Q4_K_M.gguf"
     told = {key: value.value for key, value in planned.metadata.items()}
     assert told["general.finetune"] == "Instruct"

@@ -1,0 +1,152 @@
+"""What llmx exports to: the formats by name, and what an export of any of them can do. Nothing here imports one.
+
+Format ── a recipe and options ── Draft ── a model ── Exporter ── check, solve, write
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llmx.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from llmx.exporters.plan import Plan
+    from llmx.exporters.quantization import Quantization
+    from llmx.models.calibration_text import CalibrationText
+    from llmx.models.model import Model
+    from llmx.quant.recipe import Recipe
+
+ENTRY_POINTS = "llmx.exporters"
+
+# name -> "module:callable without arguments that gives a Format". Third parties add to it by the entry points above.
+EXPORTERS: dict[str, str] = {
+    "gguf": "llmx.exporters.gguf_target:GgufFormat",
+    "onnx": "llmx.exporters.onnx_target:OnnxFormat",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user said of the artifact; None where nothing. Each format takes some of it (`Format.takes`)."""
+
+    tensor_types: Sequence[str] = ()
+    imatrix: Path | None = None
+    split_max_size: str | None = None
+    dialect: str | None = None
+    target_size: str | None = None
+    target_bpw: float | None = None
+
+
+class Exporter(Protocol):
+    """A planned export of one model: nothing of it is written yet."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def model(self) -> Model: ...
+
+    def targets(self, output: Path | None) -> list[Path]:
+        """The final paths, in the plan's order, for what -o says (None: nothing). The first is the file to load.
+
+        Raises: UsageError for an output that the artifact cannot have.
+        """
+        ...
+
+    def check_weights(self) -> None:
+        """Look at every weight once. Raises: IntegrityError naming each that cannot be exported."""
+        ...
+
+    def types_to_solve(self) -> Mapping[str, str]:
+        """Canonical name -> how its rows are kept, of every matrix that is quantized."""
+        ...
+
+    def within(self, nbytes: int | None, bits: float | None, text: CalibrationText | None, threads: int) -> Exporter:
+        """Planned anew, with types that fit into nbytes of files, or into so many bits per weight.
+
+        Raises: UsageError where nothing is that small.
+        """
+        ...
+
+    def with_model(self, model: Model) -> Exporter:
+        """The same export of changed weights."""
+        ...
+
+    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> tuple[str, ...]:
+        """Write every file and return the sha256 of each tensor's bytes, in the plan's order.
+
+        rows: solved before, canonical name -> u8[rows, row bytes]; what is missing there is rounded on the way.
+        """
+        ...
+
+    def places(self) -> Mapping[str, tuple[int, int]]:
+        """Tensor -> (number of its file in the plan, offset of its first byte there)."""
+        ...
+
+    def manifest_options(self) -> Mapping[str, Any]:
+        """What of the format's own options shapes the bytes, for the manifest's `options`."""
+        ...
+
+
+class Draft(Protocol):
+    """What is made, before the model is opened. base: the type whose bits the most weights have."""
+
+    @property
+    def type_name(self) -> str: ...
+
+    @property
+    def base(self) -> str: ...
+
+    def planned(self, model: Model, decided: Quantization, threads: int) -> Exporter:
+        """Plan the export of a model. Raises: UnsupportedError, IntegrityError, UsageError as the format needs."""
+        ...
+
+
+class Format(Protocol):
+    """A kind of artifact.
+
+    takes: the names of the fields of Asked that mean something for it. is_folder: the artifact is a whole folder.
+    libraries: of those whose arithmetic or writing reaches the bytes, the packages that only this format uses.
+    """
+
+    name: str
+    takes: frozenset[str]
+    is_folder: bool
+    libraries: tuple[str, ...]
+
+    def named_type(self, bits: int | None, type_name: str | None) -> str | None:
+        """The mix that --bits or --type names, as it is spelt; None for neither. Raises: UsageError, with all names."""
+        ...
+
+    def default_type(self) -> str:
+        """The mix of an export that names none."""
+        ...
+
+    def draft(self, recipe: Recipe, asked: Asked) -> Draft:
+        """Raises: UnsupportedError for a type that the format lacks, UsageError for options that cannot be."""
+        ...
+
+
+def format_names() -> list[str]:
+    """Every known format's name: ours, then those that installed packages declare."""
+    declared = {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    return [*EXPORTERS, *sorted(declared - EXPORTERS.keys())]
+
+
+def find_format(name: str) -> Format:
+    """Import and return the format of that name. Raises: UsageError, with the names there are."""
+    target = EXPORTERS.get(name)
+    if target is not None:
+        module, _, attribute = target.partition(":")
+        return getattr(importlib.import_module(module), attribute)()
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+        return entry.load()()
+    raise UsageError(f"there is no format {name!r}", fix=f"choose one of {', '.join(format_names())}")

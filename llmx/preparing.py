@@ -1,0 +1,179 @@
+"""Thinking an export through before anything is written: `llmx plan`, and the first half of `llmx export`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmx import rebuilding
+from llmx.errors import UsageError
+from llmx.validating import available_cores, check_threads
+
+if TYPE_CHECKING:
+    from llmx.exporters.manifest_reader import Manifest
+    from llmx.exporters.quantization import Quantization, Wishes
+    from llmx.exporters.target import Exporter, Format
+    from llmx.models.calibration_text import CalibrationText
+    from llmx.models.model import Model
+    from llmx.validate.case import Limits
+
+# What only some formats take: field of the request, and of Asked -> its option.
+FORMAT_OPTIONS = {
+    "tensor_types": "--tensor-type",
+    "imatrix": "--imatrix",
+    "split_max_size": "--split-max-size",
+    "dialect": "--dialect",
+    "target_size": "--target-size",
+    "target_bpw": "--target-bpw",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRequest:
+    """Everything `llmx export` can be told. `output` is a folder, or a file for one-file formats.
+
+    method, effort: None takes the recipe's, or auto and balanced. dialect: None takes the format's own first one.
+    output: None takes the current folder, or one in it that is named after the artifact where that is a folder.
+    from_manifest: a manifest that says all that shapes the bytes; model may then be empty where the manifest names a
+    hub id.
+    """
+
+    model: str
+    format: str = "gguf"
+    bits: int | None = None
+    type_name: str | None = None
+    dialect: str | None = None
+    revision: str | None = None
+    method: str | None = None
+    effort: str | None = None
+    recipe: str | None = None
+    calibration: Path | None = None
+    calibration_tokens: int | None = None
+    statistics: Path | None = None
+    device: str = "auto"
+    target_size: str | None = None
+    target_bpw: float | None = None
+    imatrix: Path | None = None
+    tensor_types: Sequence[str] = ()
+    split_max_size: str | None = None
+    output: Path | None = None
+    threads: int = 0
+    validate: bool = True
+    force: bool = False
+    text: Path | None = None
+    limits: Limits | None = None
+    positions: int | None = None
+    from_manifest: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request thought through: nothing has been written yet."""
+
+    request: ExportRequest
+    format: Format
+    model: Model
+    exporter: Exporter
+    quantization: Quantization
+    threads: int
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Estimated: what writing takes, or calibrating where that is more."""
+        from llmx.exporters.quantization import calibrated_memory
+
+        writing = self.exporter.plan.peak_memory_bytes
+        if not self.quantization.calibrated:
+            return writing
+        return max(writing, calibrated_memory(self.model, self.quantization.tokens))
+
+    def described(self) -> dict[str, Any]:
+        """The plan as plain data, with what was decided of quantizing."""
+        told = self.exporter.plan.to_json()
+        told["notes"] = [*told["notes"], *self.quantization.notes]
+        told["quantization"] = self.quantization.to_json()
+        told["peak_memory_bytes"] = self.peak_memory_bytes
+        return told
+
+
+def plan(request: ExportRequest) -> Prepared:
+    """What `export` would do: every tensor's type, the exact sizes, the fall-backs. Only a budget reads weights."""
+    return prepare(*rebuilding.as_it_was(request))
+
+
+def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
+    """The opened model, its plan, and how it will be quantized: as asked, or as it was when the manifest was made."""
+    from llmx.exporters import quantization
+    from llmx.exporters.target import Asked, find_format
+    from llmx.models.model import open_model
+
+    target = find_format(request.format)
+    _check_request(request, target)
+    threads = request.threads or available_cores()
+    wishes = _wishes(request, manifest)
+    if manifest is None:
+        named = target.named_type(request.bits, request.type_name)
+        default = target.default_type() if request.recipe is None else None
+        recipe = quantization.chosen_recipe(wishes, named or default)
+    else:
+        recipe = rebuilding.recipe_of(manifest)
+    draft = target.draft(recipe, Asked(**{name: getattr(request, name) for name in FORMAT_OPTIONS}))
+    model = open_model(request.model, request.revision)
+    if manifest is not None:
+        rebuilding.call_it_as_before(model, manifest)
+    decided = quantization.quantization(model, wishes, recipe, draft.base, threads)
+    exporter = draft.planned(model, decided, threads)
+    if request.target_size is not None or request.target_bpw is not None:
+        exporter = _within_budget(request, exporter, decided.text, threads)
+    if decided.calibrated and not quantization.assignments(decided, exporter.types_to_solve()):
+        raise UsageError(
+            f"a {draft.type_name} file holds no quantized tensor: there is nothing to calibrate",
+            fix="leave out --method and --calibration, or choose a smaller type",
+        )
+    return Prepared(request, target, model, exporter, decided, threads)
+
+
+def _wishes(request: ExportRequest, manifest: Manifest | None) -> Wishes:
+    from llmx.exporters.quantization import Wishes
+
+    return Wishes(
+        recipe=request.recipe,
+        method=request.method,
+        effort=request.effort,
+        calibration=request.calibration,
+        tokens=request.calibration_tokens,
+        statistics=request.statistics,
+        device=request.device,
+        importance=request.imatrix is not None,
+        calibrate=None if manifest is None else manifest.told["calibration"] is not None,
+    )
+
+
+def _within_budget(request: ExportRequest, exporter: Exporter, text: CalibrationText | None, threads: int) -> Exporter:
+    """The export planned anew within --target-size or --target-bpw."""
+    from llmx.formats.gguf import parse_size
+    from llmx.models.calibration_text import read_calibration
+
+    size = None if request.target_size is None else parse_size(request.target_size)
+    text = text or (None if request.calibration is None else read_calibration(request.calibration))
+    return exporter.within(size, request.target_bpw, text, threads)
+
+
+def _check_request(request: ExportRequest, target: Format) -> None:
+    if request.bits is not None and request.type_name is not None:
+        raise UsageError("--bits and --type both choose the type", fix="give one of them")
+    if request.target_size is not None and request.target_bpw is not None:
+        raise UsageError("--target-size and --target-bpw both set the size", fix="give one of them")
+    if request.target_bpw is not None and not 0 < request.target_bpw < math.inf:
+        raise UsageError(f"--target-bpw {request.target_bpw} is no number of bits", fix="for example 4.2")
+    strange = [
+        option
+        for name, option in FORMAT_OPTIONS.items()
+        if name not in target.takes and getattr(request, name) not in (None, ())
+    ]
+    if strange:
+        raise UsageError(f"--format {target.name} has no use for these options", problems=strange, fix="leave them out")
+    check_threads(request.threads)
