@@ -5,46 +5,51 @@ forward pass -> [recorder: nodes, weights unread] -> [dialect: fuse] -> [placed 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from llmx.errors import IntegrityError, UsageError
-from llmx.exporters.onnx_attention import Attend, attend, attend_grouped
-from llmx.exporters.onnx_experts import Mix, mix, mix_routed
-from llmx.exporters.onnx_fusion import fuse_skips
+from llmx.exporters.encoding import GROUP_ENCODINGS
+from llmx.exporters.onnx_attention import attend, attend_grouped
+from llmx.exporters.onnx_experts import mix, mix_routed
+from llmx.exporters.onnx_fusion import drop_unused, fuse_skips
 from llmx.exporters.onnx_genai import NO_TOKENIZER, companions
-from llmx.exporters.onnx_graph import GraphRecorder, Stored
-from llmx.exporters.onnx_ops import RecordingOps, Rows
+from llmx.exporters.onnx_graph import GraphRecorder, Piece, Stored, onnx_type
+from llmx.exporters.onnx_linear import look_up_columns, look_up_packed, multiply_columns, multiply_packed
+from llmx.exporters.onnx_ops import Operators, RecordingOps
+from llmx.exporters.onnx_ops import Rows as States
 from llmx.exporters.onnx_run import Run
+from llmx.exporters.onnx_write import MEMORY_PER_WEIGHT, Placed, Rows, chunk_weights, digests, write_data
 from llmx.exporters.plan import Plan, PlannedFile, Step
 from llmx.formats.onnx import (
     DATA_SUFFIX,
     FLOATS,
     IR_VERSION,
+    IR_VERSION_2_BITS,
     LOGITS,
     MODEL_NAME,
     OPSET,
+    OPSET_2_BITS,
+    TYPES_KEY,
     VENDOR_DOMAIN,
     VENDOR_OPSET,
     places,
 )
 from llmx.models.architecture import Architecture
 from llmx.models.decoder import forward
-from llmx.models.model import Model, check_finite
+from llmx.models.model import Model, Weight, check_finite
 from llmx.models.tokenizer import Tokenizer
 from llmx.progress import track
 from llmx.quant.grid import largest_weight
+from llmx.quant.protocol import Effort
 
-# Weights read and converted at once.
-CHUNK_WEIGHTS = 1 << 20
 _BASE_MEMORY = 160 << 20  # the interpreter with numpy and onnx, measured
-_MEMORY_PER_WEIGHT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,29 +61,37 @@ class Dialect:
 
     name: str
     opsets: Mapping[str, int]
-    attend: Attend
-    mix: Mix
+    operators: Operators
     finish: Callable[[ir.Graph], object]
     shares_cache: bool
 
 
+_STANDARD = Operators(attend, mix, multiply_columns, look_up_columns, columns=True)
+_ORT = Operators(attend_grouped, mix_routed, multiply_packed, look_up_packed, columns=False)
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
-        Dialect("standard", {"": OPSET}, attend, mix, lambda graph: None, shares_cache=False),
-        Dialect(
-            "ort", {"": OPSET, VENDOR_DOMAIN: VENDOR_OPSET}, attend_grouped, mix_routed, fuse_skips, shares_cache=True
-        ),
+        Dialect("standard", {"": OPSET}, _STANDARD, lambda graph: None, shares_cache=False),
+        Dialect("ort", {"": OPSET, VENDOR_DOMAIN: VENDOR_OPSET}, _ORT, fuse_skips, shares_cache=True),
     )
 }
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxOptions:
-    """What the user chose. type_name: "F32" or "F16"."""
+    """What the user chose. type_name: "F32" or "F16", of all that is not quantized.
+
+    types: canonical name -> encoding, of the matrices that are; a float type is the same as none. wanted: the types
+    that tensors would have had if their rows allowed it. mix: the name of it all, as plans show it.
+    """
 
     type_name: str = "F32"
     dialect: str = "ort"
+    types: Mapping[str, str] = field(default_factory=dict)
+    wanted: Mapping[str, str] = field(default_factory=dict)
+    mix: str = ""
+    threads: int = 1
+    effort: Effort = "balanced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,26 +120,31 @@ def prepare(model: Model, options: OnnxOptions, tokenizer: Tokenizer | None = No
         raise UsageError(f"there is no dialect {options.dialect!r}", fix=f"choose one of {', '.join(DIALECTS)}")
     if options.type_name not in FLOATS:
         raise UsageError(f"ONNX holds no weights of type {options.type_name}", fix=f"choose one of {', '.join(FLOATS)}")
+    unknown = {name for name in options.types.values() if name not in GROUP_ENCODINGS and name not in FLOATS}
+    if unknown:
+        raise UsageError(f"ONNX holds no weights of type {', '.join(sorted(unknown))}")
     recorder, graph = record(model, options)
     stored = tuple(recorder.stored.values())
     offsets, data_bytes = places(one.nbytes for one in stored)
     data_name = MODEL_NAME + DATA_SUFFIX
-    for one, offset in zip(stored, offsets, strict=True):
-        recorder.values[one.name].const_value = ir.ExternalTensor(
-            data_name, offset, one.nbytes, recorder.float_type, shape=ir.Shape(one.shape), name=one.name
-        )
+    lies = dict(zip(recorder.stored, zip(offsets, (one.nbytes for one in stored), strict=True), strict=True))
+    for name, value in recorder.values.items():
+        offset, nbytes = lies[recorder.views.get(name, name)]
+        assert value.dtype is not None and isinstance(value.shape, ir.Shape), "a stored tensor has a type and a shape"
+        value.const_value = ir.ExternalTensor(data_name, offset, nbytes, value.dtype, shape=value.shape, name=name)
     beside = {} if tokenizer is None else _beside(model, tokenizer, graph, DIALECTS[options.dialect])
     plan = Plan(
         format="onnx",
-        type_name=options.type_name,
-        steps=tuple(_step(one) for one in stored),
+        type_name=options.mix or options.type_name,
+        steps=_steps(stored, options),
         files=(
             PlannedFile(MODEL_NAME, len(_serialized(graph))),
             PlannedFile(data_name, data_bytes),
             *(PlannedFile(name, len(content)) for name, content in beside.items()),
         ),
         notes=(*notes(model.architecture, graph), *([NO_TOKENIZER] if tokenizer is not None and not beside else [])),
-        peak_memory_bytes=_BASE_MEMORY + _MEMORY_PER_WEIGHT * max(_chunk_rows(one) * one.shape[-1] for one in stored),
+        peak_memory_bytes=_BASE_MEMORY
+        + MEMORY_PER_WEIGHT * (2 * options.threads + 1) * max(chunk_weights(one) for one in stored),
     )
     return OnnxExport(plan, model, options, graph, stored, tuple(offsets), beside)
 
@@ -146,9 +164,11 @@ def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]
     dialect, architecture = DIALECTS[options.dialect], model.architecture
     recorder = GraphRecorder(options.type_name)
     run = Run(recorder, architecture)
-    ops = RecordingOps(run, dialect.attend, dialect.mix)
-    tokens, _, positions = Rows(run.tokens), run.mask, Rows(run.positions)  # declared in this order
-    logits = run.batched(forward(model, ops, tokens, positions).value)
+    quantized = {name: kind for name, kind in options.types.items() if kind in GROUP_ENCODINGS}
+    ops = RecordingOps(run, model, dialect.operators, quantized)
+    tokens, _, positions = States(run.tokens), run.mask, States(run.positions)  # declared in this order
+    logits = forward(model, ops, tokens, positions).value
+    logits = logits if quantized else run.batched(logits)
     if options.type_name != "F32":
         logits = recorder.cast(logits, ir.DataType.FLOAT)
     _declare(logits, LOGITS, ir.DataType.FLOAT, ("batch", "positions", architecture.vocab))
@@ -160,14 +180,26 @@ def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]
         [logits, *ops.presents.values()],
         nodes=recorder.nodes,
         initializers=recorder.initializers,
-        opset_imports=dict(dialect.opsets),
+        opset_imports=_opsets(dialect, recorder),
         name=architecture.family,
     )
+    drop_unused(graph)
     dialect.finish(graph)
-    about = {"llmx.dialect": dialect.name, "llmx.type": options.type_name}
-    made = ir.Model(graph, ir_version=IR_VERSION, producer_name="llmx", producer_version=metadata.version("llmx"))
+    about = {"llmx.dialect": dialect.name, "llmx.type": options.mix or options.type_name}
+    if quantized:
+        about[TYPES_KEY] = json.dumps(quantized)
+    version = IR_VERSION_2_BITS if _has_2_bits(recorder) else IR_VERSION
+    made = ir.Model(graph, ir_version=version, producer_name="llmx", producer_version=metadata.version("llmx"))
     made.metadata_props.update(about)
     return recorder, made
+
+
+def _has_2_bits(recorder: GraphRecorder) -> bool:
+    return any(onnx_type(one.type_name).bitwidth == 2 for one in recorder.stored.values())
+
+
+def _opsets(dialect: Dialect, recorder: GraphRecorder) -> dict[str, int]:
+    return {**dialect.opsets, "": OPSET_2_BITS if _has_2_bits(recorder) else OPSET}
 
 
 def _declare(value: ir.Value, name: str, kind: ir.DataType, shape: Sequence[int | str]) -> None:
@@ -184,10 +216,34 @@ def notes(architecture: Architecture, graph: ir.Model) -> tuple[str, ...]:
     )
 
 
-def _step(one: Stored) -> Step:
-    spec = None if one.weight is None else one.weight.spec
-    role, layer = (None, None) if spec is None else (spec.role, spec.layer)
-    return Step(one.name, role, layer, one.shape, one.type_name, one.nbytes)
+def _steps(stored: Sequence[Stored], options: OnnxOptions) -> tuple[Step, ...]:
+    """One a tensor of the checkpoint, in the file's order, and one a table. Its bytes are those of all its parts."""
+    sizes: defaultdict[str, int] = defaultdict(int)
+    made: dict[str, tuple[Weight | None, Stored]] = {}
+    for one in stored:
+        pieces = one.pieces or (one.quantized.pieces if one.quantized else ())
+        if not pieces:
+            sizes[one.name], made[one.name] = one.nbytes, (None, one)
+            continue
+        for piece, share in zip(pieces, _shares(one.nbytes, pieces), strict=True):
+            sizes[piece.weight.spec.name] += share
+            made.setdefault(piece.weight.spec.name, (piece.weight, one))
+    return tuple(_step(name, *made[name], nbytes, options.wanted.get(name)) for name, nbytes in sizes.items())
+
+
+def _shares(nbytes: int, pieces: Sequence[Piece]) -> list[int]:
+    """What each piece has of a tensor's bytes, by its rows; of a vector's by its values. The last has the rest."""
+    counts = [piece.rows * piece.weight.cols for piece in pieces]
+    shares = [nbytes * count // sum(counts) for count in counts]
+    return [*shares[:-1], nbytes - sum(shares[:-1])]
+
+
+def _step(name: str, weight: Weight | None, one: Stored, nbytes: int, wanted: str | None) -> Step:
+    type_name = _type_of(one)
+    if weight is None:
+        return Step(name, None, None, one.shape, type_name, nbytes)
+    spec = weight.spec
+    return Step(name, spec.role, spec.layer, spec.shape, type_name, nbytes, wanted if wanted != type_name else None)
 
 
 def _serialized(graph: ir.Model) -> bytes:
@@ -200,62 +256,67 @@ def check_weights(export: OnnxExport) -> None:
     Raises: IntegrityError naming every tensor that holds NaN or infinity, or values that its type cannot hold.
     """
     problems = []
-    limit = largest_weight(export.options.type_name)
+    limits = {
+        piece.weight.spec.name: (piece.weight, _type_of(one), _limit(one))
+        for one in export.stored
+        for piece in one.pieces or (one.quantized.pieces if one.quantized else ())
+    }
     with track(export.model.checkpoint.nbytes, "checking weights") as progress:
-        for weight in (weight for one in export.stored for weight in one.read):
+        for name, (weight, type_name, limit) in limits.items():
             found = check_finite(weight)
             weight.release()
             progress.advance(weight.nbytes)
-            name = weight.spec.name
             if found.first_bad is not None:
                 problems.append(f"{name}: the value at {divmod(found.first_bad, weight.cols)} is NaN or infinite")
             elif found.largest > limit:
-                told = f"the magnitude {found.largest:.6g} does not fit {export.options.type_name}"
-                problems.append(f"{name}: {told} (at most {limit:.6g})")
+                problems.append(
+                    f"{name}: the magnitude {found.largest:.6g} does not fit {type_name} (at most {limit:.6g})"
+                )
     if problems:
         raise IntegrityError("the checkpoint holds weights that cannot be exported", problems=problems)
 
 
-def write(export: OnnxExport, targets: Sequence[Path]) -> tuple[str, ...]:
-    """Write all files, and return the sha256 of each weight's bytes, in file order.
+def _type_of(one: Stored) -> str:
+    return one.type_name if one.quantized is None else one.quantized.encoding.name
+
+
+def _limit(one: Stored) -> float:
+    """The largest weight that is kept as it is."""
+    if one.quantized is None:
+        return largest_weight(one.type_name)
+    return one.quantized.encoding.limit(one.quantized.cols)
+
+
+def write(export: OnnxExport, targets: Sequence[Path], rows: Rows | None = None) -> tuple[str, ...]:
+    """Write all files, and return the sha256 of each stored tensor's bytes, in the order of export.stored.
 
     targets: a path for each file of the plan. The graph goes last: without it there is no artifact.
+    rows: solved before, canonical name -> u8[rows, row bytes]; what is missing there is rounded on the way.
+    Raises: UsageError for rows of other shapes than the plan's.
     """
     graph, data, *others = targets
-    digests = []
-    with data.open("wb") as stream, track(sum(one.nbytes for one in export.stored), "writing") as progress:
+    solved = {} if rows is None else rows
+    _check_rows(export, solved)
+    placed = [Placed(one, offset) for one, offset in zip(export.stored, export.offsets, strict=True)]
+    with data.open("w+b") as stream, track(sum(one.nbytes for one in export.stored), "writing") as progress:
         stream.truncate(export.plan.files[1].nbytes)
-        for one, offset in zip(export.stored, export.offsets, strict=True):
-            stream.seek(offset)
-            digest = hashlib.sha256()
-            for block in _blocks(one):
-                stream.write(block.data)
-                digest.update(block.data)
-                progress.advance(block.nbytes)
-            digests.append(digest.hexdigest())
+        write_data(stream, placed, solved, export.options.effort, export.options.threads, progress)
+        found = digests(stream, placed)
     for path, content in zip(others, export.companions.values(), strict=True):
         path.write_bytes(content)
     graph.write_bytes(_serialized(export.graph))
-    return tuple(digests)
+    return found
 
 
-def _chunk_rows(one: Stored) -> int:
-    return max(1, CHUNK_WEIGHTS // one.shape[-1])
-
-
-def _blocks(one: Stored) -> Iterator[np.ndarray]:
-    """The weight's rows as the file holds them, a few at a time; their pages go back to the system."""
-    kind = FLOATS[one.type_name].numpy
-    if one.table is not None:
-        yield np.ascontiguousarray(one.table, kind)
-        return
-    weights, step = one.read, _chunk_rows(one)
-    for start in range(0, weights[0].rows, step):
-        stop = min(start + step, weights[0].rows)
-        parts = [weight.read(start, stop) for weight in weights]
-        for weight in weights:
-            weight.release(start, stop)
-        rows = parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
-        if one.offset:
-            rows += np.float32(one.offset)
-        yield np.ascontiguousarray(rows, kind)
+def _check_rows(export: OnnxExport, rows: Rows) -> None:
+    problems = []
+    for name, got in rows.items():
+        weight, type_name = export.model.weight(name), export.options.types.get(name)
+        if type_name in GROUP_ENCODINGS:
+            wanted = (weight.rows, GROUP_ENCODINGS[type_name].row_bytes(weight.cols))
+            if got.shape != wanted:
+                problems.append(f"{name}: {list(got.shape)} bytes, {list(wanted)} of {type_name} are planned")
+        else:
+            problems.append(f"{name}: it is not quantized in this plan")
+    if problems:
+        raise UsageError("the solved rows are not those of the plan", problems=problems)

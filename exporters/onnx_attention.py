@@ -54,7 +54,10 @@ def attend_grouped(
     """onnxruntime's GroupQueryAttention, which turns queries and keys itself where it can."""
     rope = heads[0].rope
     inside = rope is not None and turns_inside(rope)
-    q, k, v = (one.value for one in heads) if inside else (turned(run, one) for one in heads)
+    if inside or rope is None:
+        q, k, v = _packed([one.value for one in heads])
+    else:
+        q, k, v = (turned(run, one) for one in heads)
     tables = run.tables(rope) if rope is not None and inside else ()
     return run.graph.outputs(
         3,
@@ -67,6 +70,14 @@ def attend_grouped(
         local_window_size=-1 if window is None else window,
         do_rotary=int(inside),
     )
+
+
+def _packed(values: Sequence[ir.Value]) -> Sequence[ir.Value | None]:
+    """What they were split from, in the place of all three, where that is what they are."""
+    split = values[0].producer()
+    if split is None or split.op_type != "Split" or list(split.outputs) != list(values):
+        return values
+    return split.inputs[0], None, None
 
 
 def turns_inside(rope: Rope) -> bool:

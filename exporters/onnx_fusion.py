@@ -25,6 +25,16 @@ def fuse_skips(graph: ir.Graph) -> int:
     return fused
 
 
+def drop_unused(graph: ir.Graph) -> int:
+    """Remove the nodes that nothing reads; how many there were."""
+    dropped = 0
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+            dropped += 1
+    return dropped
+
+
 def _fuse(graph: ir.Graph, addition: ir.Node, total: ir.Value, norm: ir.Node) -> None:
     attributes = {"epsilon": norm.attributes["epsilon"]}
     inputs = [*addition.inputs, *norm.inputs[1:]]

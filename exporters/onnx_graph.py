@@ -10,36 +10,112 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from llmx.formats.onnx import FLOATS
+from llmx.exporters.encoding import GroupEncoding
+from llmx.formats.onnx import CODES, FLOATS, SCALES, ZERO_POINTS, integer_type, joined_name, tensor_bytes
+from llmx.formats.onnx_groups import GroupLayout
 from llmx.models.model import Weight
 
 Shape = Sequence[int | str]  # a name stands for a size that is known only when the graph runs
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """One weight of the artifact: how it is named, shaped and typed there, and what it is read from.
+class Piece:
+    """Rows of one weight, from start up to stop."""
 
-    table: made by the exporter (a rope table) instead of read; f32[shape]. offset: added to every value read.
-    between: its rows alternate with those of weight, which come first.
+    weight: Weight
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+def whole(weight: Weight) -> Piece:
+    """All rows of a weight."""
+    return Piece(weight, 0, weight.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A matrix of few bits. pieces: one under another. columns: laid out as [inputs, outputs], see formats/onnx.py.
+
+    pad: outputs added so that a line of columns is a whole number of bytes.
+    """
+
+    name: str
+    pieces: tuple[Piece, ...]
+    encoding: GroupEncoding
+    columns: bool
+
+    @property
+    def rows(self) -> int:
+        return sum(piece.rows for piece in self.pieces)
+
+    @property
+    def cols(self) -> int:
+        return self.pieces[0].weight.cols
+
+    @property
+    def groups(self) -> int:
+        return self.layout.groups(self.cols)
+
+    @property
+    def layout(self) -> GroupLayout:
+        return self.encoding.layout
+
+    @property
+    def pad(self) -> int:
+        return -self.rows % (8 // self.layout.bits) if self.columns else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of the artifact: how it is named, shaped and typed there, and what it is made of.
+
+    pieces: of the checkpoint, under each other, the values of vectors one after another. alternate: the rows of two
+    pieces alternate instead. table: made by the exporter (a rope table) instead of read; f32[shape]. offset: added to
+    every value read. quantized: the matrix of which this is the part named by the end of its name.
     """
 
     name: str
     shape: tuple[int, ...]
     type_name: str
-    weight: Weight | None = None
-    between: Weight | None = None
+    pieces: tuple[Piece, ...] = ()
+    alternate: bool = False
     table: np.ndarray | None = None
     offset: float = 0.0
+    quantized: Quantized | None = None
 
     @property
-    def read(self) -> tuple[Weight, ...]:
-        """What the checkpoint gives."""
-        return tuple(weight for weight in (self.weight, self.between) if weight is not None)
+    def part(self) -> str:
+        """CODES, SCALES or ZERO_POINTS."""
+        return self.name.rpartition(".")[2]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * FLOATS[self.type_name].nbytes
+        return tensor_bytes(self.type_name, math.prod(self.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The values of a quantized matrix. zero_points: None where codes count from the middle."""
+
+    matrix: Quantized
+    codes: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+
+
+def onnx_type(type_name: str) -> ir.DataType:
+    """The type of a stored tensor as onnx numbers it."""
+    return ir.DataType[FLOATS[type_name].onnx if type_name in FLOATS else type_name]
+
+
+def _named(piece: Piece) -> tuple[str, int | None]:
+    """The weight's name, and which expert the rows are."""
+    spec = piece.weight.spec
+    return spec.name, piece.start // spec.shape[-2] if len(spec.shape) == 3 else None
 
 
 class GraphRecorder:
@@ -47,9 +123,10 @@ class GraphRecorder:
 
     def __init__(self, type_name: str) -> None:
         self.type_name = type_name
-        self.float_type = ir.DataType[FLOATS[type_name].onnx]
+        self.float_type = onnx_type(type_name)
         self.nodes: list[ir.Node] = []
         self.stored: dict[str, Stored] = {}
+        self.views: dict[str, str] = {}  # a view's name -> that of the stored tensor
         self.inputs: dict[str, ir.Value] = {}
         self._values: dict[str, ir.Value] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
@@ -91,7 +168,7 @@ class GraphRecorder:
     def weight(self, weight: Weight, offset: float = 0.0) -> ir.Value:
         """A weight in its canonical shape, stored once however often it is used."""
         shape = weight.spec.shape
-        return self.keep(Stored(weight.spec.name, shape, self.type_name, weight=weight, offset=offset))
+        return self.keep(Stored(weight.spec.name, shape, self.type_name, (whole(weight),), offset=offset))
 
     def table(self, name: str, values: np.ndarray) -> ir.Value:
         """A table that the exporter made, stored once under its name."""
@@ -101,9 +178,37 @@ class GraphRecorder:
         """The value of a stored weight."""
         if stored.name not in self._values:
             self.stored[stored.name] = stored
-            kind = ir.TensorType(self.float_type)
+            kind = ir.TensorType(onnx_type(stored.type_name))
             self._values[stored.name] = ir.Value(name=stored.name, type=kind, shape=ir.Shape(stored.shape))
         return self._values[stored.name]
+
+    def quantized(self, pieces: Sequence[Piece], encoding: GroupEncoding, *, columns: bool) -> Parts:
+        """The parts of a matrix of few bits, stored once however often it is used."""
+        matrix = Quantized(joined_name([_named(piece) for piece in pieces]), tuple(pieces), encoding, columns)
+        layout, rows, groups = encoding.layout, matrix.rows + matrix.pad, matrix.groups
+        kind = integer_type(layout.bits, not layout.zero_points) if columns else "UINT8"
+        zero_bytes = -(-groups * layout.bits // 8)
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            CODES: ((matrix.cols, rows) if columns else (rows, groups, layout.group_bytes(matrix.cols)), kind),
+            SCALES: ((groups, rows) if columns else (rows, groups), self.type_name),
+            ZERO_POINTS: ((groups, rows) if columns else (rows, zero_bytes), kind),
+        }
+        codes, scales, zeros = (
+            self.keep(Stored(f"{matrix.name}.{part}", shape, type_name, quantized=matrix))
+            if part != ZERO_POINTS or layout.zero_points
+            else None
+            for part, (shape, type_name) in shapes.items()
+        )
+        assert codes is not None and scales is not None, "every layout has codes and scales"
+        return Parts(matrix, codes, scales, zeros)
+
+    def view(self, of: ir.Value, end: str, shape: tuple[int, ...]) -> ir.Value:
+        """The bytes of a stored tensor seen as u8[shape]: another tensor at the same place of the data file."""
+        name = f"{of.name}.{end}"
+        if name not in self._values:
+            self.views[name] = str(of.name)
+            self._values[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(shape))
+        return self._values[name]
 
     def constant(self, values: Any, dtype: str = "int64", name: str | None = None) -> ir.Value:
         """A small constant inside the graph; equal ones are one, unless they have names of their own."""

@@ -1,22 +1,26 @@
 """The decoder's operations, recorded as an ONNX graph.
 
-Hidden states are rows float[B · T, H] (written R below), so that every linear layer is one Gemm on the weight as the
-checkpoint stores it, bias included, and a tied head shares the embedding's bytes. Only attention sees [B, T, …].
+In a graph of floats, hidden states are rows float[B · T, H] (written R below), so that every linear layer is one Gemm
+on the weight as the checkpoint stores it, bias included, and a tied head shares the embedding's bytes. Only attention
+sees [B, T, …]. Where matrices are quantized R is [B, T] throughout: their operators take it, nothing is reshaped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from llmx.exporters.encoding import GROUP_ENCODINGS, GroupEncoding
 from llmx.exporters.onnx_attention import Attend, Heads
-from llmx.exporters.onnx_experts import Activate, Experts, Mix
-from llmx.exporters.onnx_graph import GraphRecorder
+from llmx.exporters.onnx_experts import Activate, Experts, Mix, mix_sorted
+from llmx.exporters.onnx_graph import GraphRecorder, Parts, Piece, Stored, whole
+from llmx.exporters.onnx_linear import LookUp, Multiply
 from llmx.exporters.onnx_run import Run
-from llmx.formats.onnx import PARTS, present
-from llmx.models.architecture import Activation, NormKind, Rope
-from llmx.models.model import Weight
+from llmx.formats.onnx import PARTS, joined_name, present
+from llmx.models.architecture import Activation, NormKind, Role, Rope
+from llmx.models.model import Model, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +53,114 @@ ACTIVATIONS: dict[Activation, Activate] = {
 NORMS: dict[NormKind, str] = {"rms": "RMSNormalization", "layer": "LayerNormalization"}
 
 
-class RecordingOps:
-    """Ops over values of a graph. attend, mix: as the dialect does it. presents: the caches a run leaves, by name."""
+# Matrices with the same inputs, in the order of their outputs: one product in the place of several.
+TOGETHER: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("gate", "up"))
 
-    def __init__(self, run: Run, attend: Attend, mix: Mix) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Operators:
+    """What a dialect records. columns: how its quantized matrices lie."""
+
+    attend: Attend
+    mix: Mix
+    multiply: Multiply
+    look_up: LookUp
+    columns: bool
+
+
+class RecordingOps:
+    """Ops over values of a graph. presents: the caches a run leaves, by name.
+
+    types: canonical name -> encoding, of the matrices that are quantized.
+    """
+
+    def __init__(self, run: Run, model: Model, operators: Operators, types: Mapping[str, str]) -> None:
         self.presents: dict[str, ir.Value] = {}
-        self._run, self._graph, self._attend, self._mix = run, run.graph, attend, mix
+        self._run, self._graph, self._model, self._operators = run, run.graph, model, operators
+        self._types, self._flat = types, not types
+        self._together: dict[str, tuple[ir.Value, ir.Value]] = {}  # weight -> the inputs and outputs of its product
 
     def embed(self, indices: Rows, table: Weight) -> Rows:
-        flat = self._graph.node("Reshape", indices.value, self._graph.constant([-1]))
+        encoding = self._encoding(table)
+        if encoding is not None:
+            return Rows(self._operators.look_up(self._graph, indices.value, self._parts([whole(table)], encoding)))
+        flat = indices.value
+        if self._flat:
+            flat = self._graph.node("Reshape", flat, self._graph.constant([-1]))
         return Rows(self._graph.node("Gather", self._graph.weight(table), flat, axis=0))
 
     def norm(self, x: Rows, gain: Weight, bias: Weight | None, *, kind: NormKind, eps: float, offset: float) -> Rows:
         value = x.value
         if x.heads is not None:  # every head by itself
-            value = self._graph.node("Reshape", value, self._graph.constant([-1, x.heads, gain.cols]))
+            rows = [-1] if self._flat else [0, 0]
+            value = self._graph.node("Reshape", value, self._graph.constant([*rows, x.heads, gain.cols]))
         shift = () if bias is None else (self._graph.weight(bias),)
         scale = self._graph.weight(gain, offset)
-        return Rows(self._graph.node(NORMS[kind], value, scale, *shift, axis=-1, epsilon=eps), x.heads, x.rope)
+        normed = self._graph.node(NORMS[kind], value, scale, *shift, axis=-1, epsilon=eps)
+        if x.heads is not None and not self._flat:
+            normed = self._graph.node("Reshape", normed, self._graph.constant([0, 0, -1]))
+        return Rows(normed, x.heads, x.rope)
 
     def linear(self, x: Rows, weight: Weight, bias: Weight | None) -> Rows:
+        encoding = self._encoding(weight)
+        if encoding is None:
+            return Rows(self._gemm(x.value, self._graph.weight(weight), bias))
+        weights = self._sharing(weight)
+        if len(weights) == 1:
+            shift = None if bias is None else self._graph.weight(bias)
+            parts = self._parts([whole(weight)], encoding)
+            return Rows(self._operators.multiply(self._graph, x.value, parts, shift))
+        name = weight.spec.name
+        if name not in self._together:
+            self._multiply_together(x.value, weights, encoding)
+        inputs, output = self._together[name]
+        assert inputs is x.value, "what is one product has the same inputs"
+        return Rows(output)
+
+    def _multiply_together(self, x: ir.Value, weights: Sequence[Weight], encoding: GroupEncoding) -> None:
+        graph, biases = self._graph, [bias for weight in weights if (bias := self._bias(weight)) is not None]
+        shift = None
+        if biases:
+            name = joined_name([(bias.spec.name, None) for bias in biases])
+            length = sum(bias.cols for bias in biases)
+            shift = graph.keep(Stored(name, (length,), graph.type_name, tuple(map(whole, biases))))
+        product = self._operators.multiply(graph, x, self._parts([whole(w) for w in weights], encoding), shift)
+        sizes = graph.constant([weight.rows for weight in weights])
+        for weight, output in zip(weights, graph.outputs(len(weights), "Split", product, sizes, axis=-1), strict=True):
+            self._together[weight.spec.name] = x, output
+
+    def _sharing(self, weight: Weight) -> list[Weight]:
+        """The weights that are one product with this one: all of one encoding, all or none with a bias."""
+        spec = weight.spec
+        roles = next((roles for roles in TOGETHER if spec.role in roles), ())
+        names = [f"layers.{spec.layer}.{role}.weight" for role in roles]
+        if not names or not all(self._model.has(name) for name in names):
+            return [weight]
+        found = [self._model.weight(name) for name in names]
+        alike = len({(self._types.get(one.spec.name), self._bias(one) is None) for one in found}) == 1
+        return found if alike else [weight]
+
+    def _bias(self, weight: Weight) -> Weight | None:
+        name = weight.spec.name.removesuffix("weight") + "bias"
+        return self._model.weight(name) if self._model.has(name) else None
+
+    def _encoding(self, weight: Weight) -> GroupEncoding | None:
+        name = self._types.get(weight.spec.name)
+        return None if name is None else GROUP_ENCODINGS[name]
+
+    def _parts(self, pieces: Sequence[Piece], encoding: GroupEncoding) -> Parts:
+        return self._graph.quantized(pieces, encoding, columns=self._operators.columns)
+
+    def _gemm(self, x: ir.Value, matrix: ir.Value, bias: Weight | None = None) -> ir.Value:
         shift = () if bias is None else (self._graph.weight(bias),)
-        return Rows(self._graph.node("Gemm", x.value, self._graph.weight(weight), *shift, transB=1))
+        product = self._graph.node("Gemm", self._rows(x), matrix, *shift, transB=1)
+        return product if self._flat else self._run.batched(product)
+
+    def _rows(self, x: ir.Value) -> ir.Value:
+        """float[B · T, …]"""
+        if self._flat:
+            return x
+        return self._graph.node("Flatten", x, axis=2)
 
     def add(self, a: Rows, b: Rows) -> Rows:
         return Rows(self._graph.node("Add", a.value, b.value))
@@ -98,14 +188,16 @@ class RecordingOps:
         self, layer: int, q: Rows, k: Rows, v: Rows, *, positions: Rows, scale: float, window: int | None
     ) -> Rows:
         heads = [self._heads(x) for x in (q, k, v)]
-        mixed, *presents = self._attend(self._run, layer, heads, scale=scale, window=window)
+        mixed, *presents = self._operators.attend(self._run, layer, heads, scale=scale, window=window)
         self.presents |= {present(layer, part): value for part, value in zip(PARTS, presents, strict=True)}
-        width = heads[0].count * self._run.architecture.head_dim
-        return Rows(self._graph.node("Reshape", mixed, self._graph.constant([-1, width])))
+        if self._flat:
+            width = heads[0].count * self._run.architecture.head_dim
+            mixed = self._graph.node("Reshape", mixed, self._graph.constant([-1, width]))
+        return Rows(mixed)
 
     def _heads(self, x: Rows) -> Heads:
         assert x.heads is not None, "attention is given split heads"
-        return Heads(self._run.batched(x.value), x.heads, x.rope)
+        return Heads(self._run.batched(x.value) if self._flat else x.value, x.heads, x.rope)
 
     def experts(
         self,
@@ -117,6 +209,25 @@ class RecordingOps:
         normalize: bool,
         activation: Activation,
     ) -> Rows:
-        scores = self._graph.node("Gemm", x.value, self._graph.weight(router), transB=1)
+        rows = self._rows(x.value)
+        scores = self._graph.node("Gemm", rows, self._graph.weight(router), transB=1)
         experts = Experts(matrices, used, normalize, activation, ACTIVATIONS[activation])
-        return Rows(self._mix(self._graph, x.value, scores, experts))
+        if any(matrix.spec.name in self._types for matrix in matrices):
+            mixed = mix_sorted(self._graph, rows, scores, experts, self._expert)
+        else:
+            mixed = self._operators.mix(self._graph, rows, scores, experts)
+        return Rows(mixed if self._flat else self._run.batched(mixed))
+
+    def _expert(self, x: ir.Value, matrices: Sequence[Weight], expert: int) -> ir.Value:
+        """float[R, outputs]: one expert's matrices times x float[R, in], their outputs one after another."""
+        sizes = {matrix.spec.name: matrix.spec.shape[-2] for matrix in matrices}
+        pieces = [Piece(m, expert * sizes[m.spec.name], (expert + 1) * sizes[m.spec.name]) for m in matrices]
+        if len({self._types.get(name) for name in sizes}) > 1:
+            return self._graph.node("Concat", *(self._expert(x, [one], expert) for one in matrices), axis=-1)
+        encoding = self._encoding(matrices[0])
+        if encoding is not None:
+            return self._operators.multiply(self._graph, x, self._parts(pieces, encoding), None)
+        shape = (sum(sizes.values()), matrices[0].cols)
+        name = joined_name([(name, expert) for name in sizes])
+        stored = Stored(name, shape, self._graph.type_name, tuple(pieces))
+        return self._graph.node("Gemm", x, self._graph.keep(stored), transB=1)

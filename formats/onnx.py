@@ -7,11 +7,21 @@
 
 A weight of at least LARGE bytes begins at a multiple of PAGE, so that every system can map it into memory
 (https://onnx.ai/onnx/repo-docs/ExternalData.html); a smaller one at a multiple of WORD.
+
+A float weight is one tensor under its canonical name. One of few bits is two or three, NAME.codes, NAME.scales and
+NAME.zero_points, laid out for the operator that reads them:
+
+    rows       MatMulNBits         codes u8[N, groups, bytes]    scales float[N, groups]    zero points u8[N, bytes]
+    columns    DequantizeLinear    codes intb[K, N]              scales float[groups, N]    zero points intb[groups, N]
+
+N outputs, K inputs; intb is uintb with zero points and signed without. Columns of less than 8 bits are filled up with
+zeros to whole bytes. Matrices with the same inputs may be one, their outputs under each other: layers.0.q+k+v.weight;
+experts are told apart by their number: layers.0.expert_gate[3]+expert_up[3].weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MODEL_NAME = "model.onnx"
@@ -23,10 +33,15 @@ IR_VERSION = 10  # has 4-bit integers, the newest thing that is used; runtimes r
 VENDOR_DOMAIN = "com.microsoft"
 VENDOR_OPSET = 1
 
+# The sets that first have 2-bit integers, for graphs that hold some.
+OPSET_2_BITS, IR_VERSION_2_BITS = 25, 13
+
 PAGE, LARGE, WORD = 1 << 16, 1 << 20, 64
 
 TOKENS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 PARTS = ("key", "value")
+CODES, SCALES, ZERO_POINTS = "codes", "scales", "zero_points"
+TYPES_KEY = "llmx.types"  # in the graph's metadata: JSON, canonical name -> encoding, of every quantized weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +57,35 @@ FLOATS: dict[str, FloatType] = {
     "F32": FloatType("FLOAT", "float32", 4),
     "F16": FloatType("FLOAT16", "float16", 2),
 }
+
+
+def integer_type(bits: int, signed: bool) -> str:
+    """The name in onnx.TensorProto.DataType of whole numbers of so many bits."""
+    return f"{'INT' if signed else 'UINT'}{bits}"
+
+
+def tensor_bytes(type_name: str, count: int) -> int:
+    """Bytes of so many elements. type_name: of FLOATS, or of integer_type, which fill their bytes."""
+    if type_name in FLOATS:
+        return count * FLOATS[type_name].nbytes
+    return -(-count * int(type_name.lstrip("UINT")) // 8)
+
+
+def joined_name(names: Sequence[tuple[str, int | None]]) -> str:
+    """The name of matrices under each other, of (canonical name, expert's number) each: all of one layer."""
+    stems = [name.rsplit(".", 2) for name, _ in names]
+    roles = [f"{stem[-2]}{'' if n is None else f'[{n}]'}" for stem, (_, n) in zip(stems, names, strict=True)]
+    return ".".join([*stems[0][:-2], "+".join(roles), stems[0][-1]])
+
+
+def split_name(name: str) -> list[tuple[str, int | None]]:
+    """The exact inverse of `joined_name`."""
+    *layer, roles, part = name.rsplit(".", 2)
+    found = []
+    for role in roles.split("+"):
+        plain, _, expert = role.rstrip("]").partition("[")
+        found.append((".".join([*layer, plain, part]), int(expert) if expert else None))
+    return found
 
 
 def past(layer: int, part: str) -> str:

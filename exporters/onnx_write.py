@@ -1,0 +1,240 @@
+"""Writes a planned ONNX export: weights read, quantized and laid out a few rows at a time, then the graph.
+
+checkpoint rows ── [workers: read, encode or take what was solved, lay out] ── [one writer: each part to its place]
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from llmx.exporters.onnx_graph import Piece, Quantized, Stored
+from llmx.formats.onnx import CODES, FLOATS, SCALES, ZERO_POINTS
+from llmx.formats.onnx_groups import pack_bits, parts, unpack
+from llmx.progress import Progress
+from llmx.quant.protocol import Effort
+
+Bytes = npt.NDArray[np.uint8]
+Rows = Mapping[str, Bytes]
+# Weights read and converted at once: fixed, so that the bytes do not depend on the number of threads. Matrices that are
+# laid out as columns are written in pieces of as many bytes as rows are read, so more are read.
+CHUNK_WEIGHTS = 1 << 20
+COLUMNS_CHUNK_WEIGHTS = 1 << 22
+READ_BYTES = 1 << 20  # of a digest
+MEMORY_PER_WEIGHT = 16  # of a chunk, measured
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Bytes for the file: lines u8[n, bytes], each `stride` bytes after the one before, the first at `offset`."""
+
+    offset: int
+    stride: int
+    lines: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A stored tensor and the offset of its first byte in the data file."""
+
+    stored: Stored
+    offset: int
+
+
+Task = Callable[[], list[Block]]
+
+
+def write_data(
+    stream: BinaryIO, placed: Sequence[Placed], rows: Rows, effort: Effort, threads: int, done: Progress
+) -> None:
+    """Write every tensor. rows: solved before, canonical name -> u8[rows, row bytes]; the others are encoded here."""
+    with ThreadPoolExecutor(threads) as pool:
+        for blocks in _ahead(pool, _tasks(placed, rows, effort), 2 * threads):
+            for block in blocks:
+                _put(stream, block)
+                done.advance(block.lines.nbytes)
+
+
+def digests(stream: BinaryIO, placed: Sequence[Placed]) -> tuple[str, ...]:
+    """The sha256 of each tensor's bytes, read back."""
+    found = []
+    for one in placed:
+        stream.seek(one.offset)
+        digest, left = hashlib.sha256(), one.stored.nbytes
+        while left:
+            data = stream.read(min(READ_BYTES, left))
+            digest.update(data)
+            left -= len(data)
+        found.append(digest.hexdigest())
+    return tuple(found)
+
+
+def chunk_weights(stored: Stored) -> int:
+    """Weights of it that are in memory at once, for each worker."""
+    if stored.quantized is None:
+        return _chunk_rows(stored.shape[-1], CHUNK_WEIGHTS) * stored.shape[-1]
+    matrix = stored.quantized
+    return _chunk_rows(matrix.cols, COLUMNS_CHUNK_WEIGHTS if matrix.columns else CHUNK_WEIGHTS) * matrix.cols
+
+
+def _put(stream: BinaryIO, block: Block) -> None:
+    if block.stride == block.lines.shape[1]:
+        stream.seek(block.offset)
+        stream.write(np.ascontiguousarray(block.lines).data)
+        return
+    for number, line in enumerate(block.lines):
+        stream.seek(block.offset + number * block.stride)
+        stream.write(line.data)
+
+
+def _ahead(pool: Executor, tasks: Iterable[Task], count: int) -> Iterator[list[Block]]:
+    """The results in order, a few computed ahead."""
+    waiting: deque[Future[list[Block]]] = deque()
+    for task in tasks:
+        waiting.append(pool.submit(task))
+        if len(waiting) >= count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _tasks(placed: Sequence[Placed], rows: Rows, effort: Effort) -> Iterator[Task]:
+    for matrix, group in groupby(placed, lambda one: one.stored.quantized):
+        found = list(group)
+        if matrix is None:
+            for one in found:
+                yield from _float_tasks(one)
+        else:
+            yield from _quantized_tasks(matrix, {one.stored.part: one for one in found}, rows, effort)
+
+
+# ── floats ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _float_tasks(one: Placed) -> Iterator[Task]:
+    stored = one.stored
+    row = stored.shape[-1] * FLOATS[stored.type_name].nbytes
+    if stored.table is not None or len(stored.shape) == 1:
+        yield partial(_floats, one, [(piece, 0, piece.rows) for piece in stored.pieces], 0, stored.nbytes)
+        return
+    step = _chunk_rows(stored.shape[-1], CHUNK_WEIGHTS)
+    if stored.alternate:
+        for start, stop in _spans(stored.pieces[0].rows, step):
+            read = [(piece, start, stop) for piece in stored.pieces]
+            yield partial(_floats, one, read, start * row * len(stored.pieces), row)
+        return
+    first = 0
+    for piece in stored.pieces:
+        for start, stop in _spans(piece.rows, step):
+            yield partial(_floats, one, [(piece, start, stop)], (first + start) * row, row)
+        first += piece.rows
+
+
+def _floats(one: Placed, read: Sequence[tuple[Piece, int, int]], offset: int, line: int) -> list[Block]:
+    stored = one.stored
+    kind = FLOATS[stored.type_name].numpy
+    if stored.table is not None:
+        values = stored.table
+    else:
+        found = [_read(piece, start, stop) for piece, start, stop in read]
+        values = np.stack(found, axis=1) if stored.alternate else np.concatenate(found, axis=-1)
+        if stored.offset:
+            values += np.float32(stored.offset)
+    data = np.ascontiguousarray(values, kind).view(np.uint8).reshape(-1, line)
+    return [Block(one.offset + offset, line, data)]
+
+
+def _read(piece: Piece, start: int, stop: int) -> npt.NDArray[np.float32]:
+    """f32[stop - start, cols]: these rows of the piece; their pages go back to the system."""
+    first = piece.start
+    values = piece.weight.read(first + start, first + stop)
+    piece.weight.release(first + start, first + stop)
+    return values
+
+
+# ── whole numbers in groups ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _quantized_tasks(matrix: Quantized, found: Mapping[str, Placed], rows: Rows, effort: Effort) -> Iterator[Task]:
+    step = _chunk_rows(matrix.cols, COLUMNS_CHUNK_WEIGHTS if matrix.columns else CHUNK_WEIGHTS)
+    # Columns are cut where a byte begins, whichever weights the rows are of.
+    step += -step % (8 // matrix.layout.bits)
+    lay_out = _columns if matrix.columns else _rows
+    for start, stop in _spans(matrix.rows, step):
+        yield partial(_laid_out, lay_out, matrix, found, rows, effort, start, stop)
+
+
+def _laid_out(
+    lay_out: Callable[[Quantized, Mapping[str, Placed], Bytes, int], list[Block]],
+    matrix: Quantized, found: Mapping[str, Placed], rows: Rows, effort: Effort, start: int, stop: int,
+) -> list[Block]:  # fmt: skip
+    kept, first = [], 0
+    for piece in matrix.pieces:
+        low, high = max(start - first, 0), min(stop - first, piece.rows)
+        if low < high:
+            kept.append(_kept(matrix, piece, low, high, rows, effort))
+        first += piece.rows
+    return lay_out(matrix, found, kept[0] if len(kept) == 1 else np.concatenate(kept), start)
+
+
+def _kept(matrix: Quantized, piece: Piece, low: int, high: int, rows: Rows, effort: Effort) -> Bytes:
+    """u8[high - low, row bytes]"""
+    solved = rows.get(piece.weight.spec.name)
+    if solved is not None:
+        return np.array(solved[piece.start + low : piece.start + high])
+    return matrix.encoding.encode(_read(piece, low, high), effort=effort)
+
+
+def _rows(matrix: Quantized, found: Mapping[str, Placed], kept: Bytes, start: int) -> list[Block]:
+    got = parts(matrix.layout, kept, matrix.cols)
+    lines = {
+        CODES: got.codes.reshape(len(kept), -1),
+        SCALES: got.scales.astype(_scale_type(found)).view(np.uint8),
+        ZERO_POINTS: got.zero_points,
+    }
+    return [
+        Block(one.offset + start * lines[part].shape[1], lines[part].shape[1], lines[part])
+        for part, one in found.items()
+    ]
+
+
+def _columns(matrix: Quantized, found: Mapping[str, Placed], kept: Bytes, start: int) -> list[Block]:
+    """Outputs side by side. The last ones are followed by the pad: codes and scales of nothing."""
+    got, bits = unpack(matrix.layout, kept, matrix.cols), matrix.layout.bits
+    last = start + len(kept) == matrix.rows
+    pad = ((0, 0), (0, matrix.pad if last else 0))
+    # Without zero points codes are signed numbers: counted from the middle, their highest bit is the other way round.
+    turned = np.uint8(0 if matrix.layout.zero_points else 1 << bits >> 1)
+    scales = np.pad(got.scales.T, pad).astype(_scale_type(found))
+    lines = {
+        CODES: pack_bits(np.pad(got.codes.T ^ turned, pad), bits),
+        SCALES: np.ascontiguousarray(scales).view(np.uint8),
+        ZERO_POINTS: None if got.zero_points is None else pack_bits(np.pad(got.zero_points.T, pad), bits),
+    }
+    blocks = []
+    for part, one in found.items():
+        data, width = np.ascontiguousarray(lines[part]), one.stored.nbytes // one.stored.shape[0]
+        before = start * (FLOATS[one.stored.type_name].nbytes if part == SCALES else bits / 8)
+        blocks.append(Block(one.offset + int(before), width, data))
+    return blocks
+
+
+def _scale_type(found: Mapping[str, Placed]) -> str:
+    return FLOATS[found[SCALES].stored.type_name].numpy
+
+
+def _chunk_rows(cols: int, weights: int) -> int:
+    return max(1, weights // cols)
+
+
+def _spans(count: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + step, count)) for start in range(0, count, step))
