@@ -104,7 +104,7 @@ def test_data_that_is_cut_or_lies_outside_the_folder_is_refused(artifact: Path, 
     data = artifact.with_name("model.onnx.data").read_bytes()
     (tmp_path / "model.onnx").write_bytes(artifact.read_bytes())
     (tmp_path / "model.onnx.data").write_bytes(data[:4096])
-    with pytest.raises(IntegrityError, match="refuses"):
+    with pytest.raises(IntegrityError, match="the file is cut"):
         OnnxRuntime().open(tmp_path / "model.onnx", threads=1, context=8)
     (tmp_path / "model.onnx.data").write_bytes(data)
     graph = onnx.load(artifact, load_external_data=False)
@@ -113,7 +113,7 @@ def test_data_that_is_cut_or_lies_outside_the_folder_is_refused(artifact: Path, 
     inner = tmp_path / "inner"
     inner.mkdir()
     (inner / "model.onnx").write_bytes(graph.SerializeToString())
-    with pytest.raises(IntegrityError, match="refuses"):
+    with pytest.raises(IntegrityError, match="no plain name of a file"):
         OnnxRuntime().open(inner / "model.onnx", threads=1, context=8)
 
 
@@ -124,7 +124,7 @@ def test_broken_artifacts_and_wrong_questions_are_refused(artifact: Path, tmp_pa
     with pytest.raises(IntegrityError, match=r"model\.onnx\.data"):
         OnnxRuntime().open(alone, threads=1, context=8)
     alone.write_bytes(b"no graph")
-    with pytest.raises(IntegrityError, match="refuses"):
+    with pytest.raises(IntegrityError, match="no ONNX graph"):
         OnnxRuntime().open(alone, threads=1, context=8)
     sizes: list[dict[str, Any]] = [{"threads": 0}, {"context": 0}, {"batch": 0}]
     for wrong in sizes:

@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from llmx.errors import IntegrityError, RuntimeMissing, UsageError
+from llmx.formats.onnx_reader import read_onnx
 from llmx.validate.runtimes import Speed
 from llmx.validate.runtimes.genai import (
     ENVIRONMENT,
@@ -25,6 +26,7 @@ from llmx.validate.runtimes.genai import (
     text_unavailable,
     text_worker,
 )
+from llmx.validate.runtimes.onnxruntime_check import uses_of
 from llmx.validate.runtimes.worker_process import ANSWER_SECONDS, ArtifactWorker, check_sizes, plain_ids
 
 WORKER = "llmx.validate.runtimes.onnxruntime_worker"
@@ -53,15 +55,20 @@ class OnnxRuntime:
     ) -> OnnxRuntimeSession:
         """Load a graph, its data file beside it, and return the session. artifact: the graph, or its folder.
 
-        exact: matrices of few bits are multiplied in float32, where onnxruntime would round their inputs to 8 bits.
+        exact: matrices of few bits are multiplied in float32, where onnxruntime would round their inputs to 8 bits,
+        whatever the graph asks for.
         batch: positions run at once at most, 512 where it is None.
-        Raises RuntimeMissing; UsageError; IntegrityError with onnxruntime's own words, also where it dies.
+        Raises RuntimeMissing; UsageError; UnsupportedError with every node that the installed onnxruntime cannot run;
+        IntegrityError for a broken or hostile graph, or with onnxruntime's own words, also where it dies.
         """
         if (reason := self.unavailable()) is not None:
             raise RuntimeMissing(f"onnxruntime is not available: {reason}", fix="pip install 'llmx[onnx]'")
         artifact = graph_of(artifact)
         check_sizes(threads, context, batch)
+        # Before onnxruntime opens it: whoever wrote the graph chose where its weights lie.
+        graph = read_onnx(artifact)
         options = {"threads": threads, "context": context, "exact": exact, "batch": batch, "level": self._level}
+        options["uses"] = uses_of(graph)
         return OnnxRuntimeSession(artifact, self._answer_seconds, options)
 
 

@@ -12,36 +12,15 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as state  # pyright: ignore[reportAttributeAccessIssue]
 
 from llmx.errors import CheckFailed, IntegrityError, UsageError
 from llmx.formats.onnx import LOGITS, MASK, PARTS, POSITIONS, TOKENS, past, present
 from llmx.validate.runtimes import Speed
 from llmx.validate.runtimes.memory import peak_rss_bytes
+from llmx.validate.runtimes.onnxruntime_check import PROVIDER
+from llmx.validate.runtimes.onnxruntime_opening import ERRORS, opened, session_options
 
 BLOCK = 512  # positions run at once where nobody says otherwise
-PROVIDER = "CPUExecutionProvider"
-LEVELS: dict[str, str] = {
-    "none": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "all": "ORT_ENABLE_ALL",
-}
-# Of matrices in fewer bits: by default they are multiplied in 8 bits, which hides small faults of a conversion.
-EXACT_ENTRIES = {"session.qdq_matmulnbits_accuracy_level": "1"}
-# onnxruntime's errors have no class in common.
-ERRORS = (
-    state.EPFail,
-    state.Fail,
-    state.InvalidArgument,
-    state.InvalidGraph,
-    state.InvalidProtobuf,
-    state.NoModel,
-    state.NoSuchFile,
-    state.NotFound,
-    state.NotImplemented,
-    state.RuntimeException,
-)
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -60,8 +39,8 @@ class LoadedGraph:
         self, artifact: Path, *, threads: int, context: int, exact: bool, batch: int | None, level: str
     ) -> None:
         started = time.monotonic()
-        options = _options(threads, exact, level)
-        self._session = _opened(artifact, options)
+        options = session_options(threads, exact, level)
+        self._session = opened(artifact, options, exact=exact)
         self._inputs = {one.name: one for one in self._session.get_inputs()}
         self._outputs = [one.name for one in self._session.get_outputs()]
         self._context, self._batch = context, min(batch or BLOCK, context)
@@ -160,26 +139,6 @@ class LoadedGraph:
     def _check_fits(self, length: int) -> None:
         if length > self._context:
             raise UsageError(f"{length} tokens do not fit the context of {self._context} that was asked for")
-
-
-def _options(threads: int, exact: bool, level: str) -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[level])
-    options.log_severity_level = 3
-    # Threads that spin while they wait take the time of whatever else runs here.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    for key, value in EXACT_ENTRIES.items() if exact else ():
-        options.add_session_config_entry(key, value)
-    return options
-
-
-def _opened(artifact: Path, options: onnxruntime.SessionOptions) -> Any:
-    """Raises: IntegrityError with onnxruntime's words where it refuses the graph."""
-    try:
-        return onnxruntime.InferenceSession(artifact, options, providers=[PROVIDER])
-    except ERRORS as error:
-        raise IntegrityError("onnxruntime refuses this graph", where=artifact, problems=[str(error)]) from error
 
 
 def _failed(run: Callable[[], Any]) -> Any:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 
-from llmx.errors import UsageError
+from llmx.errors import UnsupportedError, UsageError
+from llmx.validate.runtimes.onnxruntime_check import lacks
 from llmx.validate.runtimes.onnxruntime_model import LoadedGraph
 from llmx.validate.runtimes.worker_loop import Answer, answer_frames
 
@@ -31,8 +33,11 @@ class Worker:
             "speed": lambda **asked: (self._graph().speed(**asked), None),
         }
 
-    def open(self, *, artifact: str, **options: Any) -> Answer:
-        """Load the graph and say what it is."""
+    def open(self, *, artifact: str, uses: list[dict[str, Any]], **options: Any) -> Answer:
+        """Load the graph and say what it is. uses: its operators. Raises UnsupportedError for what cannot run here."""
+        if problems := lacks(uses):
+            what = f"onnxruntime {onnxruntime.__version__} cannot run this graph"
+            raise UnsupportedError(what, problems=problems, fix="export it anew, or install a newer onnxruntime")
         self._loaded = LoadedGraph(Path(artifact), **options)
         return {"build": self._loaded.build, "vocab": self._loaded.width}, None
 
