@@ -6,7 +6,6 @@ forward pass -> [recorder: nodes, weights unread] -> [dialect: fuse] -> [placed 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -16,11 +15,12 @@ import onnx_ir as ir
 
 from llmx.errors import IntegrityError, UsageError
 from llmx.exporters.encoding import GROUP_ENCODINGS
+from llmx.exporters.gguf_metadata import SOLVER_KEY
 from llmx.exporters.onnx_attention import attend, attend_grouped
 from llmx.exporters.onnx_experts import mix, mix_routed
 from llmx.exporters.onnx_fusion import drop_unused, fuse_skips
 from llmx.exporters.onnx_genai import NO_TOKENIZER, companions
-from llmx.exporters.onnx_graph import GraphRecorder, Piece, Stored, onnx_type
+from llmx.exporters.onnx_graph import GraphRecorder, Stored, onnx_type
 from llmx.exporters.onnx_linear import look_up_columns, look_up_packed, multiply_columns, multiply_packed
 from llmx.exporters.onnx_ops import Operators, RecordingOps
 from llmx.exporters.onnx_ops import Rows as States
@@ -28,6 +28,7 @@ from llmx.exporters.onnx_run import Run
 from llmx.exporters.onnx_write import MEMORY_PER_WEIGHT, Placed, Rows, chunk_weights, digests, write_data
 from llmx.exporters.plan import Plan, PlannedFile, Step
 from llmx.formats.onnx import (
+    CODES,
     DATA_SUFFIX,
     FLOATS,
     IR_VERSION,
@@ -43,7 +44,7 @@ from llmx.formats.onnx import (
 )
 from llmx.models.architecture import Architecture
 from llmx.models.decoder import forward
-from llmx.models.model import Model, Weight, check_finite
+from llmx.models.model import Model, check_finite
 from llmx.models.tokenizer import Tokenizer
 from llmx.progress import track
 from llmx.quant.grid import largest_weight
@@ -92,6 +93,7 @@ class OnnxOptions:
     mix: str = ""
     threads: int = 1
     effort: Effort = "balanced"
+    solver: str | None = None  # SOLVED or SCALED, where weights are not just rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def prepare(model: Model, options: OnnxOptions, tokenizer: Tokenizer | None = No
     plan = Plan(
         format="onnx",
         type_name=options.mix or options.type_name,
-        steps=_steps(stored, options),
+        steps=tuple(_step(one, options) for one in stored),
         files=(
             PlannedFile(MODEL_NAME, len(_serialized(graph))),
             PlannedFile(data_name, data_bytes),
@@ -188,6 +190,8 @@ def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]
     about = {"llmx.dialect": dialect.name, "llmx.type": options.mix or options.type_name}
     if quantized:
         about[TYPES_KEY] = json.dumps(quantized)
+    if options.solver is not None:
+        about[SOLVER_KEY] = options.solver
     version = IR_VERSION_2_BITS if _has_2_bits(recorder) else IR_VERSION
     made = ir.Model(graph, ir_version=version, producer_name="llmx", producer_version=metadata.version("llmx"))
     made.metadata_props.update(about)
@@ -216,34 +220,18 @@ def notes(architecture: Architecture, graph: ir.Model) -> tuple[str, ...]:
     )
 
 
-def _steps(stored: Sequence[Stored], options: OnnxOptions) -> tuple[Step, ...]:
-    """One a tensor of the checkpoint, in the file's order, and one a table. Its bytes are those of all its parts."""
-    sizes: defaultdict[str, int] = defaultdict(int)
-    made: dict[str, tuple[Weight | None, Stored]] = {}
-    for one in stored:
-        pieces = one.pieces or (one.quantized.pieces if one.quantized else ())
-        if not pieces:
-            sizes[one.name], made[one.name] = one.nbytes, (None, one)
-            continue
-        for piece, share in zip(pieces, _shares(one.nbytes, pieces), strict=True):
-            sizes[piece.weight.spec.name] += share
-            made.setdefault(piece.weight.spec.name, (piece.weight, one))
-    return tuple(_step(name, *made[name], nbytes, options.wanted.get(name)) for name, nbytes in sizes.items())
-
-
-def _shares(nbytes: int, pieces: Sequence[Piece]) -> list[int]:
-    """What each piece has of a tensor's bytes, by its rows; of a vector's by its values. The last has the rest."""
-    counts = [piece.rows * piece.weight.cols for piece in pieces]
-    shares = [nbytes * count // sum(counts) for count in counts]
-    return [*shares[:-1], nbytes - sum(shares[:-1])]
-
-
-def _step(name: str, weight: Weight | None, one: Stored, nbytes: int, wanted: str | None) -> Step:
-    type_name = _type_of(one)
-    if weight is None:
-        return Step(name, None, None, one.shape, type_name, nbytes)
-    spec = weight.spec
-    return Step(name, spec.role, spec.layer, spec.shape, type_name, nbytes, wanted if wanted != type_name else None)
+def _step(one: Stored, options: OnnxOptions) -> Step:
+    pieces = one.pieces if one.quantized is None else one.quantized.pieces
+    spec = pieces[0].weight.spec if pieces else None
+    role, layer = (None, None) if spec is None else (spec.role, spec.layer)
+    if one.quantized is None or spec is None:
+        return Step(one.name, role, layer, one.shape, one.type_name, one.nbytes)
+    codes = f"{one.quantized.name}.{CODES}"
+    if one.name != codes:
+        return Step(one.name, role, layer, one.shape, one.type_name, one.nbytes, beside=codes)
+    shape, type_name = (one.quantized.rows, one.quantized.cols), one.quantized.encoding.name
+    wanted = options.wanted.get(spec.name, type_name)
+    return Step(one.name, role, layer, shape, type_name, one.nbytes, wanted if wanted != type_name else None)
 
 
 def _serialized(graph: ir.Model) -> bytes:

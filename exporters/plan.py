@@ -12,7 +12,10 @@ from llmx.models.architecture import Role
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One tensor of the artifact. `wanted` is the type it would have had if its row length allowed it."""
+    """One tensor of the artifact. `wanted` is the type it would have had if its row length allowed it.
+
+    beside: the step whose weights these are the scales or zero points of: no weights of their own.
+    """
 
     name: str
     role: Role | None  # None: made by the exporter (a rope table), not by the checkpoint
@@ -21,10 +24,11 @@ class Step:
     type_name: str
     nbytes: int
     wanted: str | None = None
+    beside: str | None = None
 
     @property
     def parameters(self) -> int:
-        return math.prod(self.shape)
+        return 0 if self.beside is not None else math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class Plan:
             "parameters": self.parameters,
             "bits_per_weight": round(self.bits_per_weight, 4),
             "peak_memory_bytes": self.peak_memory_bytes,
-            "types": dict(Counter(step.type_name for step in self.steps)),
+            "types": dict(Counter(step.type_name for step in self.steps if step.beside is None)),
             "notes": list(self.notes),
             "fall_backs": [f"{s.name}: {s.wanted} -> {s.type_name}" for s in self.fall_backs],
             "tensors": [
