@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmx.exporters import gguf, gguf_types, quantization
-from llmx.exporters.target import Asked
+from llmx.exporters.target import Asked, WrittenTensor
 from llmx.formats.gguf import parse_size, shard_name
 from llmx.formats.imatrix import read_imatrix
 from llmx.models.tokenizer import open_tokenizer
@@ -115,15 +115,17 @@ class GgufTarget:
     def with_model(self, model: Model) -> GgufTarget:
         return replace(self, export=replace(self.export, model=model))
 
-    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> tuple[str, ...]:
-        return gguf.write(self.export, targets, rows)
-
-    def places(self) -> Mapping[str, tuple[int, int]]:
-        return {
+    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
+        digests = gguf.write(self.export, targets, rows)
+        places = {
             name: (number, place.offset)
             for number, shard in enumerate(self.export.layouts)
             for name, place in shard.placements.items()
         }
+        return [
+            WrittenTensor(step.name, step.shape, step.type_name, step.nbytes, *places[step.name], digest)
+            for step, digest in zip(self.plan.steps, digests, strict=True)
+        ]
 
     def manifest_options(self) -> Mapping[str, Any]:
         return {"split_max_bytes": self.export.options.split_max_bytes}

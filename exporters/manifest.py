@@ -23,7 +23,7 @@ from llmx.errors import IntegrityError
 
 if TYPE_CHECKING:
     from llmx.exporters.quantization import Quantization
-    from llmx.exporters.target import Exporter
+    from llmx.exporters.target import Exporter, WrittenTensor
     from llmx.models.checkpoint import Checkpoint
 
 SCHEMA = "llmx.manifest/1"
@@ -119,7 +119,7 @@ def describe(
     libraries: Sequence[str],
     source_files: Sequence[Mapping[str, Any]],
     files: Sequence[Mapping[str, Any]],
-    digests: Sequence[str],
+    written: Sequence[WrittenTensor],
     importance: Mapping[str, str] | None,
     budget: Mapping[str, float] | None,
     tensor_types: Sequence[str],
@@ -127,9 +127,9 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest of a written export.
 
-    libraries: that only this format uses. files, source_files: name, bytes, sha256 of each. digests: each tensor's, in
-    file order. importance: name and sha256 of the matrix. budget: what --target-size or --target-bpw asked. runtime:
-    name and build, None where nothing was rerun.
+    libraries: that only this format uses. files, source_files: name, bytes, sha256 of each. importance: name and sha256
+    of the matrix. budget: what --target-size or --target-bpw asked. runtime: name and build, None where nothing was
+    rerun.
     """
     source = exporter.model.checkpoint.source
     return {
@@ -139,7 +139,7 @@ def describe(
         "format": exporter.plan.format,
         "type": exporter.plan.type_name,
         "files": [dict(file) for file in files],
-        "tensors": _tensors(exporter, [file["name"] for file in files], digests),
+        "tensors": _tensors(written, [file["name"] for file in files]),
         "source": {"name": source.name, "revision": source.revision, "files": [dict(file) for file in source_files]},
         "recipe": quantization.recipe.to_json(),
         "calibration": _calibration(quantization),
@@ -160,18 +160,18 @@ def as_text(told: Mapping[str, Any]) -> str:
     return f'{rest[:-2]},\n "tensors": [\n  {tensors}\n ]\n}}\n'
 
 
-def _tensors(exporter: Exporter, names: Sequence[str], digests: Sequence[str]) -> list[dict[str, Any]]:
-    places = {name: {"file": names[number], "offset": offset} for name, (number, offset) in exporter.places().items()}
+def _tensors(written: Sequence[WrittenTensor], names: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {
-            "name": step.name,
-            "shape": list(step.shape),
-            "type": step.type_name,
-            "bytes": step.nbytes,
-            "sha256": digest,
-            **places[step.name],
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "type": tensor.type_name,
+            "bytes": tensor.nbytes,
+            "sha256": tensor.sha256,
+            "file": names[tensor.file],
+            "offset": tensor.offset,
         }
-        for step, digest in zip(exporter.plan.steps, digests, strict=True)
+        for tensor in written
     ]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmx.errors import RuntimeMissing, UnsupportedError, UsageError
 from llmx.exporters.gguf_general import identify
 from llmx.exporters.onnx_genai import NO_TOKENIZER, REQUIRED
-from llmx.exporters.target import Asked
+from llmx.exporters.target import Asked, WrittenTensor
 from llmx.formats.onnx import FLOATS, MODEL_NAME
 from llmx.models.tokenizer import open_tokenizer
 
@@ -32,6 +32,7 @@ SUFFIX = ".onnx"
 FOLDER_SUFFIX = "-onnx"
 PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir"}  # module -> package
 DIALECT = "ort"
+DATA_FILE = 1  # the number of the file that holds all tensors, in the plan
 BY_BITS = {16: "F16", 32: "F32"}
 
 
@@ -147,15 +148,14 @@ class OnnxTarget:
 
         return replace(self, export=prepare(model, self.export.options, self.tokenizer))
 
-    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> tuple[str, ...]:
+    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
         from llmx.exporters.onnx import write
 
-        return write(self.export, targets)
-
-    def places(self) -> Mapping[str, tuple[int, int]]:
-        """All in the data file, the second."""
-        steps = zip(self.plan.steps, self.export.offsets, strict=True)
-        return {step.name: (1, offset) for step, offset in steps}
+        digests = write(self.export, targets, rows)
+        return [
+            WrittenTensor(one.name, one.shape, one.type_name, one.nbytes, DATA_FILE, offset, digest)
+            for one, offset, digest in zip(self.export.stored, self.export.offsets, digests, strict=True)
+        ]
 
     def manifest_options(self) -> Mapping[str, Any]:
         return {"split_max_bytes": None, "dialect": self.export.options.dialect}

@@ -45,6 +45,22 @@ class Asked:
     target_bpw: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenTensor:
+    """One tensor as a file of the artifact holds it; a quantized matrix may be several.
+
+    shape: as numpy has it. file: its number in the plan. offset: of its first byte there. sha256: of its bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    nbytes: int
+    file: int
+    offset: int
+    sha256: str
+
+
 class Exporter(Protocol):
     """A planned export of one model: nothing of it is written yet."""
 
@@ -80,15 +96,11 @@ class Exporter(Protocol):
         """The same export of changed weights."""
         ...
 
-    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> tuple[str, ...]:
-        """Write every file and return the sha256 of each tensor's bytes, in the plan's order.
+    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
+        """Write every file and return what was written, in the order of the files.
 
         rows: solved before, canonical name -> u8[rows, row bytes]; what is missing there is rounded on the way.
         """
-        ...
-
-    def places(self) -> Mapping[str, tuple[int, int]]:
-        """Tensor -> (number of its file in the plan, offset of its first byte there)."""
         ...
 
     def manifest_options(self) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from llmx.validating import require_runtime, validate
 
 if TYPE_CHECKING:
     from llmx.exporters.solving import Solved
-    from llmx.exporters.target import Exporter
+    from llmx.exporters.target import Exporter, WrittenTensor
     from llmx.validate.report import Report
 
 
@@ -80,15 +80,16 @@ def export(request: ExportRequest) -> ExportResult:
     if manifest is not None:
         rebuilding.check_source(source_files, manifest)
     with artifact.partial_files([*targets, manifest_path(targets[0])], workplace) as (*partial, kept):
-        digests, solved = _written(prepared, partial)
+        written, solved = _written(prepared, partial)
         model.checkpoint.check_unchanged()
         seconds, peak = time.monotonic() - started, peak_rss_bytes()
         files = publishing.described(partial, targets)
         told = _told(prepared, solved)
-        facts = _export_facts(prepared, told, files, digests, seconds, peak)
-        proof = rebuilding.manifest_of(prepared, source_files, files, digests)
+        facts = _export_facts(prepared, told, files, written, seconds, peak)
+        proof = rebuilding.manifest_of(prepared, source_files, files, written)
         if manifest is not None:
             rebuilding.check_rebuilt(proof, manifest)
+        kept.write_text(as_text(proof), encoding="utf-8")  # the checks compare digests with it
         report = _judged(prepared, partial[0], facts) if request.validate else None
         kept.write_text(as_text({**proof, "runtime": rebuilding.runtime_of(report)}), encoding="utf-8")
         report_path = publishing.publish([*partial, kept], targets, report, facts, is_folder=is_folder)
@@ -133,8 +134,8 @@ def _judged(prepared: Prepared, artifact: Path, facts: dict[str, object]) -> Rep
     )
 
 
-def _written(prepared: Prepared, partial: list[Path]) -> tuple[tuple[str, ...], Solved | None]:
-    """Solve what is to be solved and write the files: the tensors' digests, and what the solver tells."""
+def _written(prepared: Prepared, partial: list[Path]) -> tuple[list[WrittenTensor], Solved | None]:
+    """Solve what is to be solved and write the files: the tensors in them, and what the solver tells."""
     if not prepared.quantization.calibrated:
         return _write(prepared.exporter, partial, None), None
     from llmx.exporters.quantization import assignments, calibration_of
@@ -150,7 +151,7 @@ def _written(prepared: Prepared, partial: list[Path]) -> tuple[tuple[str, ...], 
         return _write(prepared.exporter.with_model(solved.model), partial, solved), solved
 
 
-def _write(exporter: Exporter, partial: list[Path], solved: Solved | None) -> tuple[str, ...]:
+def _write(exporter: Exporter, partial: list[Path], solved: Solved | None) -> list[WrittenTensor]:
     from llmx.exporters import artifact
 
     try:
@@ -175,11 +176,22 @@ def _export_facts(
     prepared: Prepared,
     told: dict[str, Any],
     files: Sequence[dict[str, Any]],
-    digests: Sequence[str],
+    written: Sequence[WrittenTensor],
     seconds: float,
     peak: int,
 ) -> dict[str, object]:
-    tensors = [{**t, "sha256": digest} for t, digest in zip(told["tensors"], digests, strict=True)]
+    wanted = {step.name: step.wanted for step in prepared.exporter.plan.steps}
+    tensors = [
+        {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "type": tensor.type_name,
+            "bytes": tensor.nbytes,
+            "fell_back_from": wanted.get(tensor.name),
+            "sha256": tensor.sha256,
+        }
+        for tensor in written
+    ]
     source = prepared.model.checkpoint.source
     imatrix = prepared.request.imatrix
     return {

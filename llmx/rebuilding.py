@@ -11,6 +11,7 @@ from llmx.errors import CheckFailed, IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from llmx.exporters.manifest_reader import Manifest
+    from llmx.exporters.target import WrittenTensor
     from llmx.models.model import Model
     from llmx.preparing import ExportRequest, Prepared
     from llmx.quant.recipe import Recipe
@@ -76,9 +77,9 @@ def manifest_of(
     prepared: Prepared,
     source_files: Sequence[Mapping[str, Any]],
     files: Sequence[Mapping[str, Any]],
-    digests: Sequence[str],
+    written: Sequence[WrittenTensor],
 ) -> dict[str, Any]:
-    """The manifest of a written export that has not been rerun. digests: of each tensor, in file order."""
+    """The manifest of an export that has been written and not rerun."""
     from llmx.exporters.artifact import file_sha256
     from llmx.exporters.manifest import describe
     from llmx.formats.gguf import parse_size
@@ -91,7 +92,7 @@ def manifest_of(
         libraries=prepared.format.libraries,
         source_files=source_files,
         files=files,
-        digests=digests,
+        written=written,
         importance=None if imatrix is None else {"name": imatrix.name, "sha256": file_sha256(imatrix)},
         budget={"bytes": parse_size(size)} if size else {"bits_per_weight": bits} if bits else None,
         tensor_types=request.tensor_types,
