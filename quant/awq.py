@@ -19,6 +19,7 @@ import torch
 from llmx.models.architecture import Role
 from llmx.models.folded import Floats
 from llmx.models.model import Model
+from llmx.quant.activations import Sample
 from llmx.quant.calibrate import Calibration
 from llmx.quant.inputs import MatrixInputs
 from llmx.quant.protocol import Effort, Grid
@@ -62,7 +63,7 @@ class Awq:
 
     options: AwqOptions = AwqOptions()
 
-    def ranges(self, inputs: MatrixInputs) -> Floats | None:
+    def sample(self, inputs: MatrixInputs) -> Sample | None:
         """None: second moments tell all that AWQ asks for."""
         return None
 

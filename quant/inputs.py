@@ -82,6 +82,10 @@ class MatrixInputs:
         made._found = found
         return made
 
+    def batches(self) -> list[Inputs]:
+        """The inputs themselves; none any more once the statistics have been asked for."""
+        return self._gather()
+
     def statistics(self) -> Statistics:
         """All second moments: gathered at the first call, or read where an earlier run kept them."""
         if self._found is None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from llmx.models.architecture import Architecture, Role
 from llmx.models.folded import Floats
 from llmx.models.model import Model, Weight
+from llmx.quant.activations import Sample
 from llmx.quant.calibrate import Calibration, walk
 from llmx.quant.inputs import MatrixInputs
 from llmx.quant.protocol import Effort, Grid
@@ -39,19 +40,20 @@ UNSEEN: frozenset[Role] = frozenset({"router"})  # consumers that no solver is s
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A matrix of a pair, or one expert of a stacked one.
+    """A matrix of a pair, or one expert of a stacked one. name: canonical.
 
     weight: gives f32[out, in]. squares: f32[in], the sum of squared inputs over the fitted tokens. judged: the moments
-    that losses are measured on; tokens: their count, each as much as its error weighs. largest: f32[in], the largest
-    |input|, where the method asks for it.
+    that losses are measured on; tokens: their count, each as much as its error weighs. sample: of the inputs, where the
+    method asks for it.
     """
 
+    name: str
     weight: Callable[[], Floats]
     grid: Grid
     squares: Floats
     judged: Moments
     tokens: float
-    largest: Floats | None = None
+    sample: Sample | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,8 @@ class Candidate:
 class Method(Protocol):
     """Which scales are tried, and what they are judged by."""
 
-    def ranges(self, inputs: MatrixInputs) -> Floats | None:
-        """f32[in]: the largest |input| of every column, for methods that need it."""
+    def sample(self, inputs: MatrixInputs) -> Sample | None:
+        """Some of the inputs, for methods that need them."""
         ...
 
     def candidates(self, pair: ScalePair, consumers: Sequence[Consumer]) -> list[Candidate]: ...
@@ -135,7 +137,7 @@ class ScaleSearch:
                     key = _key(pair, expert)
                     self._due[key] = self._due.get(key, 0) + 1
         self._waiting: dict[Key, list[Consumer]] = {}
-        self._ranged: tuple[str, Floats | None] | None = None  # of the newest inputs, which several matrices share
+        self._sampled: tuple[str, Sample | None] | None = None  # of the newest inputs, which several matrices share
         self._scales: dict[ScalePair, Floats] = {}
         self._choices: list[Choice] = []
 
@@ -170,11 +172,11 @@ class ScaleSearch:
             weight.release(first, first + out)
             return rows
 
-        if self._ranged is None or self._ranged[0] != inputs.key:  # statistics let the inputs themselves go
-            self._ranged = inputs.key, self._method.ranges(inputs)
+        if self._sampled is None or self._sampled[0] != inputs.key:  # statistics let the inputs themselves go
+            self._sampled = inputs.key, self._method.sample(inputs)
         known = inputs.statistics()
         squares = known.fitted.hessian.diagonal().cpu().numpy().copy()
-        return Consumer(read, grid, squares, known.held_out, _tokens(known), self._ranged[1])
+        return Consumer(weight.spec.name, read, grid, squares, known.held_out, _tokens(known), self._sampled[1])
 
     def _choose(self, key: Key, consumers: Sequence[Consumer]) -> None:
         if not consumers:

@@ -14,13 +14,15 @@ torch = pytest.importorskip("torch")
 from llmx.models.folded import Floats  # noqa: E402
 from llmx.models.model import Model, open_model  # noqa: E402
 from llmx.models.ops_torch import run  # noqa: E402
+from llmx.quant.activations import best_scale, rounded_by_row  # noqa: E402
+from llmx.quant.activations import rounded as in_8_bits  # noqa: E402
 from llmx.quant.awq import Awq, AwqOptions, clip_limits, integer_groups, search_awq  # noqa: E402
 from llmx.quant.calibrate import Calibration  # noqa: E402
 from llmx.quant.grid import grid  # noqa: E402
 from llmx.quant.inputs import batches  # noqa: E402
 from llmx.quant.protocol import Grid  # noqa: E402
 from llmx.quant.scale_search import Consumer, Scaling, choose, rounded  # noqa: E402
-from llmx.quant.smooth import Smooth, SmoothOptions, column_ranges, search_smooth  # noqa: E402
+from llmx.quant.smooth import EXTREMES, Smooth, SmoothOptions, sample, search_smooth  # noqa: E402
 from llmx.quant.solve import clipped  # noqa: E402
 from llmx.quant.statistics import Inputs, Moments, Statistics, statistics  # noqa: E402
 from llmx.quant.transforms import Folds, ScalePair, pairs  # noqa: E402
@@ -34,6 +36,7 @@ PAIR = ScalePair("layers.0.ffn_norm", ("layers.0.gate", "layers.0.up"), (COLS,))
 INT4 = grid("int4-g128-zp", COLS)
 INT8 = grid("int8-channel-sym", COLS)
 OUTLIERS = [3, 77, 200]
+STATIC = SmoothOptions(static=frozenset({"layers.0.up.weight"}))
 
 
 @pytest.fixture
@@ -64,7 +67,8 @@ def consumer(seed: int, batches: list[Inputs], on: Grid, pool: Workers, weight: 
     made = np.random.default_rng(seed).standard_normal((ROWS, COLS)).astype(np.float32) if weight is None else weight
     known = statistics(batches, pool)
     squares = known.fitted.hessian.diagonal().numpy()
-    return Consumer(lambda: made, on, squares, known.held_out, known.held_out.tokens, column_ranges(batches))
+    tokens = known.held_out.tokens
+    return Consumer("layers.0.up.weight", lambda: made, on, squares, known.held_out, tokens, sample(batches))
 
 
 def some_calibration(model: Model, count: int = 12, length: int = 48) -> Calibration:
@@ -176,28 +180,44 @@ def test_dead_and_equal_channels_have_finite_scales(method: Awq | Smooth, one: W
         assert np.isfinite([choice.before, choice.after]).all()
 
 
-def test_smoothing_shares_the_outliers_between_inputs_and_weights(one: Workers) -> None:
+@pytest.mark.parametrize("method", [Smooth(), Smooth(STATIC)], ids=["by row", "static"])
+def test_smoothing_shares_the_outliers_between_inputs_and_weights(method: Smooth, one: Workers) -> None:
     seen = [consumer(seed, inputs(outlier=100), INT8, one) for seed in (1, 2)]
-    candidate, choice = choose(PAIR, None, seen, Smooth(), one)
+    candidate, choice = choose(PAIR, None, seen, method, one)
     assert candidate is not None
     assert choice.after < 0.1 * choice.before
     assert candidate.scales[OUTLIERS].min() > 3 * np.median(candidate.scales)
 
 
-def test_the_smoothing_loss_is_that_of_inputs_rounded_to_int8(one: Workers) -> None:
+@pytest.mark.parametrize("name", ["by row", "static"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_smoothing_loss_is_that_of_inputs_rounded_to_8_bits(name: str, scaled: bool, one: Workers) -> None:
     given = inputs(outlier=5)
     seen = consumer(1, given, INT8, one)
+    columns = None
+    if scaled:
+        columns = np.ones(COLS, np.float32)
+        columns[OUTLIERS] = 4
     weight, x = seen.weight(), given[1].float_.numpy()
-    step = column_ranges(given).max() / 127
-    exact = x @ weight.T
-    value = rounded(weight, INT8, None, None, "fast")
-    found = np.square(np.round(x / step) * step @ value.T - exact, dtype=np.float64).sum()
-    assert Smooth().loss(weight, INT8, seen, None) == pytest.approx(found, rel=0.1)
+    divided: Floats = x if columns is None else x / columns
+    assert seen.sample is not None
+    best = best_scale(seen.sample if columns is None else seen.sample.divided(columns))
+    codes = rounded_by_row(divided) if name == "by row" else in_8_bits(divided, best)
+    value = rounded(weight, INT8, columns, None, "fast")
+    value = value if columns is None else value * columns
+    found = np.square(codes @ value.T - x @ weight.T, dtype=np.float64).sum()
+    method = Smooth() if name == "by row" else Smooth(STATIC)
+    assert method.loss(weight, INT8, seen, columns) == pytest.approx(found, rel=0.1)
 
 
-def test_ranges_are_the_largest_magnitudes_over_all_batches() -> None:
+def test_a_sample_stands_for_all_rows_and_has_the_ends_of_all() -> None:
     given = inputs(outlier=9)
-    assert np.array_equal(column_ranges(given), np.abs(np.concatenate([b.float_.numpy() for b in given])).max(0))
+    everything = np.concatenate([batch.float_.numpy() for batch in given])
+    some = sample(given)
+    assert some.counts.sum() == pytest.approx(len(everything))
+    assert np.array_equal(some.largest, np.abs(everything).max(0))
+    assert (some.low, some.high) == (everything.min(), everything.max())
+    assert np.abs(some.rows[:EXTREMES]).max(1).min() >= np.abs(some.rows[EXTREMES:]).max()
 
 
 # ── clipping ─────────────────────────────────────────────────────────────────────────────────────────────────────────
