@@ -16,6 +16,7 @@ import onnx_ir as ir
 from llmx.errors import IntegrityError, UsageError
 from llmx.exporters.encoding import GROUP_ENCODINGS
 from llmx.exporters.gguf_metadata import SOLVER_KEY
+from llmx.exporters.gguf_metadata import SOLVER_KEY
 from llmx.exporters.onnx_attention import attend, attend_grouped
 from llmx.exporters.onnx_experts import mix, mix_routed
 from llmx.exporters.onnx_fusion import drop_unused, fuse_skips
@@ -190,6 +191,8 @@ def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]
     about = {"llmx.dialect": dialect.name, "llmx.type": options.mix or options.type_name}
     if quantized:
         about[TYPES_KEY] = json.dumps(quantized)
+    if options.solver is not None:
+        about[SOLVER_KEY] = options.solver
     if options.solver is not None:
         about[SOLVER_KEY] = options.solver
     version = IR_VERSION_2_BITS if _has_2_bits(recorder) else IR_VERSION

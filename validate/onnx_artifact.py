@@ -1,16 +1,17 @@
 """An ONNX artifact, opened: the weights of its graph, and what stands beside it in its folder.
 
 Of a graph that llmx wrote, `mapped` names every weight as the checkpoint's own canonical tensor; stacked rows are taken
-apart:
+apart, and experts that are stored one by one put together:
 
-    layers.3.expert_gate_up.weight     rows alternate:      gate 0 | up 0 | gate 1 | up 1 | ...
+    layers.3.q+k+v.weight                         rows of q, then of k, then of v
+    layers.3.expert_gate[0]+expert_up[0].weight   rows of the first expert's gate, then of its up
+    layers.3.expert_gate_up.weight                rows alternate: gate 0 | up 0 | gate 1 | up 1 | ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import numpy as np
 
 from llmx.exporters.onnx_genai import CONFIG_NAME
 from llmx.formats.json_text import read_object
+from llmx.formats.onnx import split_name
 from llmx.formats.onnx_file import OnnxFile
 from llmx.formats.onnx_reader import read_onnx
 from llmx.models.architecture import Architecture, TensorSpec
-from llmx.validate.onnx_weights import Kept, released, weights_of
+from llmx.validate.onnx_weights import FLOATS, Kept, released, weights_of
 
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 TEMPLATE_BYTES = 1 << 20
@@ -30,11 +32,9 @@ ALTERNATING: Mapping[str, tuple[str, ...]] = {
     # a stored tensor's role -> the roles whose rows alternate in it
     "expert_gate_up": ("expert_gate", "expert_up"),
 }
-STACKED: Mapping[str, tuple[str, ...]] = {
-    # a stored tensor's role -> the roles whose rows lie under each other in it
-    "qkv": ("q", "k", "v"),
-    "gate_up": ("gate", "up"),
-}
+FLOAT_BYTES: Mapping[str, int] = dict(FLOATS.values())
+PADDED = 4  # rows added at most, so that a line of columns is whole bytes
+LONGEST = 256  # weights of a group: fewer are added to fill up a short one
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,34 +104,116 @@ def open_onnx(path: Path) -> OnnxArtifact:
 
 
 def mapped(artifact: OnnxArtifact, architecture: Architecture) -> OnnxArtifact:
-    """The same with stacked rows under the names of the checkpoint's own tensors."""
+    """The same with stacked rows under the names of the checkpoint's own tensors.
+
+    A tensor whose rows are not all there, or in tensors of two types, stays what it is: it counts as missing.
+    """
     specs = {spec.name: spec for spec in architecture.tensors}
-    tensors: dict[str, Kept] = {}
-    for name, kept in artifact.tensors.items():
-        tensors |= {name: kept} if name in specs else {one.name: one for one in _apart(kept, specs)}
-    return replace(artifact, tensors=tensors)
+    segments: dict[str, list[_Segment]] = {}
+    left: dict[str, Kept] = {}
+    for kept in artifact.tensors.values():
+        found = _segments(kept, specs)
+        left |= {} if found else {kept.name: kept}
+        for segment in found:
+            segments.setdefault(segment.spec.name, []).append(segment)
+    made = {}
+    for name, parts in segments.items():
+        parts.sort(key=lambda part: part.expert or 0)
+        if (
+            sum(part.values for part in parts) == prod(specs[name].shape)
+            and len({p.kept.type_name for p in parts}) == 1
+        ):
+            made[name] = _joined(specs[name], parts)
+        else:
+            left |= {part.kept.name: part.kept for part in parts}
+    return replace(artifact, tensors={**made, **left})
 
 
-def _apart(kept: Kept, specs: Mapping[str, TensorSpec]) -> Iterator[Kept]:
-    """The canonical tensors in a stored one; itself where it is none of those that are stacked."""
-    before, _, rest = kept.name.rpartition("layers.")
-    layer, _, role_part = rest.partition(".")
-    role, _, part = role_part.partition(".")
-    roles = ALTERNATING.get(role) or STACKED.get(role) or ()
-    found = [specs.get(f"{before}layers.{layer}.{one}.{part}") for one in roles]
-    present = [spec for spec in found if spec is not None]
-    if not present or len(present) < len(found) or kept.count * kept.shape[-1] != sum(prod(s.shape) for s in present):
-        yield kept
-        return
-    first, step = 0, len(present) if role in ALTERNATING else 1
-    for number, spec in enumerate(present):
-        count = prod(spec.shape[:-1])
-        start = number if role in ALTERNATING else first
-        nbytes = kept.nbytes * prod(spec.shape) // prod(kept.shape)
-        yield replace(kept, name=spec.name, shape=spec.shape, nbytes=nbytes, rows=partial(_picked, kept, start, step))
-        first += count
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Rows of one canonical tensor in a stored one: count of them, from `first` on, each `step` after the other.
+
+    expert: which they are of; None for all. cut: of a vector, whose values stand beside others', where they do.
+    """
+
+    spec: TensorSpec
+    expert: int | None
+    kept: Kept
+    first: int
+    step: int
+    count: int
+    cut: slice | None = None
+
+    @property
+    def values(self) -> int:
+        return self.count * self.spec.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.kept.nbytes * self.values // prod(self.kept.shape)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        if self.cut is not None:
+            return self.kept.rows(0, 1)[:, self.cut]
+        low, high = self.first + start * self.step, self.first + (stop - 1) * self.step + 1
+        return self.kept.rows(low, high)[:: self.step]
 
 
-def _picked(kept: Kept, first: int, step: int, start: int, stop: int) -> np.ndarray:
-    """Rows first + start · step, and so on, of a stored tensor."""
-    return kept.rows(first + start * step, first + (stop - 1) * step + 1)[::step]
+def _segments(kept: Kept, specs: Mapping[str, TensorSpec]) -> list[_Segment]:
+    """The canonical tensors in a stored one; none where it is not what its name says."""
+    names = [(name, None) for name in _alternating(kept.name)] or split_name(kept.name)
+    found = [(specs[name], expert) for name, expert in names if name in specs]
+    if len(found) < len(names):
+        return []
+    if len(found) == 1 and found[0][1] is None:
+        spec = found[0][0]
+        kept = _trimmed(kept, spec)
+        return [_Segment(spec, None, kept, 0, 1, prod(spec.shape[:-1]))] if kept.shape == spec.shape else []
+    counts = [prod(spec.shape[:-1]) // (1 if expert is None else spec.shape[0]) for spec, expert in found]
+    vectors, step = len(kept.shape) == 1, len(found) if _alternating(kept.name) else 1
+    widths = [spec.shape[-1] for spec, _ in found]
+    whole = sum(widths) == kept.shape[-1] if vectors else 0 <= kept.count - sum(counts) < PADDED
+    longer = 1 if vectors or kept.type_name in FLOAT_BYTES else LONGEST
+    if not whole or not (vectors or all(0 <= kept.shape[-1] - width < longer for width in widths)):
+        return []
+    segments, place = [], 0
+    size = FLOAT_BYTES.get(kept.type_name, 0)
+    for number, ((spec, expert), count) in enumerate(zip(found, counts, strict=True)):
+        first = number if step > 1 else place
+        cut = slice(place * size, (place + spec.shape[-1]) * size) if vectors else None
+        segments.append(_Segment(spec, expert, kept, first, step, count, cut))
+        place += spec.shape[-1] if vectors else count
+    return segments
+
+
+def _alternating(name: str) -> list[str]:
+    """The names of the tensors whose rows alternate in a stored one; none where it is no such tensor."""
+    parts = name.rsplit(".", 2)
+    return (
+        [".".join([*parts[:-2], role, parts[-1]]) for role in ALTERNATING.get(parts[-2], ())] if len(parts) > 2 else []
+    )
+
+
+def _trimmed(kept: Kept, spec: TensorSpec) -> Kept:
+    """Without what fills up its columns to whole bytes, or its rows to whole groups."""
+    rows, cols = prod(spec.shape[:-1]), spec.shape[-1]
+    padded = kept.type_name not in FLOAT_BYTES and len(kept.shape) == len(spec.shape)
+    fits = 0 <= kept.count - rows < PADDED and 0 <= kept.shape[-1] - cols < LONGEST
+    return replace(kept, shape=spec.shape) if padded and fits else kept
+
+
+def _joined(spec: TensorSpec, parts: Sequence[_Segment]) -> Kept:
+    """A canonical tensor of its segments, one after another."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        held, place = [], 0
+        for part in parts:
+            low, high = max(start - place, 0), min(stop - place, part.count)
+            if low < high:
+                held.append(part.rows(low, high))
+            place += part.count
+        return held[0] if len(held) == 1 else np.concatenate(held)
+
+    stored = tuple(dict.fromkeys(name for part in parts for name in part.kept.stored))
+    nbytes = sum(part.nbytes for part in parts)
+    return Kept(spec.name, parts[0].kept.type_name, spec.shape, rows, stored, nbytes)

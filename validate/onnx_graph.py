@@ -18,13 +18,15 @@ from llmx.errors import LlmxError
 from llmx.exporters.onnx import DIALECTS, OnnxOptions, record
 from llmx.exporters.onnx_genai import CONFIG_NAME, configuration
 from llmx.exporters.onnx_graph import Stored
+from llmx.formats.json_text import parse_object
+from llmx.formats.onnx import TYPES_KEY
 from llmx.formats.onnx_file import OnnxFile
 from llmx.models.model import Model
 from llmx.models.tokenizer import open_tokenizer
 from llmx.validate.onnx_artifact import OnnxArtifact
 
 CLOSE = 1e-6  # relative: attributes are float32
-DIALECT_KEY, TYPE_KEY = "llmx.dialect", "llmx.type"
+DIALECT_KEY = "llmx.dialect"
 
 
 def recorded(artifact: OnnxArtifact, model: Model) -> tuple[Mapping[str, Stored], ir.Model] | str:
@@ -43,7 +45,9 @@ def recorded(artifact: OnnxArtifact, model: Model) -> tuple[Mapping[str, Stored]
 
 def options_of(artifact: OnnxArtifact) -> OnnxOptions:
     """What the exporter was told, as far as the artifact shows it."""
-    return OnnxOptions(artifact.metadata.get(TYPE_KEY, "F32"), artifact.metadata[DIALECT_KEY])
+    halves = any(kept.type_name == "F16" for kept in artifact.tensors.values())
+    types = parse_object(artifact.metadata.get(TYPES_KEY, "{}"), TYPES_KEY)
+    return OnnxOptions("F16" if halves else "F32", artifact.metadata[DIALECT_KEY], types=types)
 
 
 def differences(artifact: OnnxArtifact, model: Model) -> list[str] | str:

@@ -5,8 +5,9 @@
     DequantizeLinear       x [N, K], blocks along K; or [K, N], blocks along axis 0                 columns: turned here
     anything else          float tensors                                                            as they are
 
-Each comes out as kept rows, see exporters/encoding.py. Of files that llmx wrote, some hold the rows of several of the
-checkpoint's tensors; `exporters` stack them, and `onnx_artifact.py` takes them apart again.
+Each comes out as kept rows, see exporters/encoding.py. A graph that says itself what its weights are kept as (one that
+llmx wrote) is read by their names instead: then a wrong attribute of an operator cannot hide itself. Such a graph holds
+the rows of several of the checkpoint's tensors in one; `onnx_artifact.py` takes them apart again.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from math import prod
 
 import numpy as np
 
+from llmx.errors import IntegrityError
 from llmx.exporters.encoding import GROUP_ENCODINGS
-from llmx.formats.onnx import VENDOR_DOMAIN
+from llmx.formats.json_text import parse_object
+from llmx.formats.onnx import CODES, SCALES, TYPES_KEY, VENDOR_DOMAIN, ZERO_POINTS, split_name
 from llmx.formats.onnx_file import OnnxFile, OnnxNode, OnnxTensor
 from llmx.formats.onnx_groups import GroupLayout, pack_bits, unpack_bits
 
@@ -29,7 +32,7 @@ WHOLE: Mapping[str, tuple[int, bool]] = {
     **{"UINT2": (2, False), "INT2": (2, True), "UINT4": (4, False), "INT4": (4, True)},
     **{"UINT8": (8, False), "INT8": (8, True)},
 }
-PART_ENDINGS = (".codes", ".scales", ".zero_points")
+TABLE = "table"  # the end of a view of codes as rows
 NAMES = {kept.layout: name for name, kept in GROUP_ENCODINGS.items() if "-pos" not in name}
 Rows = Callable[[int, int], np.ndarray]  # (start, stop) -> u8[stop - start, row bytes]
 
@@ -56,20 +59,70 @@ class Kept:
 
 def weights_of(file: OnnxFile) -> dict[str, Kept]:
     """Every weight by its name, those of whole numbers first as the graph uses them, then floats as they are stored."""
-    found: dict[str, Kept] = {}
-    taken: set[str] = set()
-    sources = _reshaped(file)
-    for node in file.nodes:
-        reader = READERS.get((node.domain, node.operator))
-        kept = None if reader is None else reader(file, node, sources)
-        if kept is not None and kept.stored[0] not in taken:
-            taken.update(kept.stored)
-            found[kept.name] = kept
+    whole = _named(file) if TYPES_KEY in file.metadata else _used(file)
+    found = {kept.name: kept for kept in whole}
+    taken = {name for kept in whole for name in kept.stored}
     for tensor in file.tensors.values():
         if tensor.name not in taken and tensor.kind in FLOATS and (tensor.file is not None or len(tensor.shape) > 1):
             found[tensor.name] = _float(file, tensor)
     order = {name: number for number, name in enumerate(file.tensors)}
     return dict(sorted(found.items(), key=lambda item: order[item[1].stored[0]]))
+
+
+def _used(file: OnnxFile) -> list[Kept]:
+    """Whole numbers as the nodes read them, each once."""
+    found: dict[str, Kept] = {}
+    sources = _reshaped(file)
+    for node in file.nodes:
+        reader = READERS.get((node.domain, node.operator))
+        kept = None if reader is None else reader(file, node, sources)
+        if kept is not None:
+            found.setdefault(kept.stored[0], kept)
+    return list(found.values())
+
+
+def _named(file: OnnxFile) -> list[Kept]:
+    """Whole numbers as the graph's metadata says. Raises: IntegrityError where it says something else than it holds."""
+    types = parse_object(file.metadata[TYPES_KEY], TYPES_KEY)
+    widths = {node.inputs[1]: node.attributes.get("K") for node in file.nodes if node.operator == "MatMulNBits"}
+    found: dict[str, Kept] = {}
+    problems = []
+    for tensor in file.tensors.values():
+        stem, dot, rest = tensor.name.partition(f".{CODES}")
+        if not dot or rest[:1] not in ("", ".") or stem in found:
+            continue
+        layout = _stated(types, stem)
+        scales, zeros = (file.tensors.get(f"{stem}.{part}") for part in (SCALES, ZERO_POINTS))
+        if layout is None or scales is None or scales.kind not in STORES or layout.zero_points != (zeros is not None):
+            problems.append(f"{stem}: {TYPES_KEY} says {types.get(split_name(stem)[0][0])!r}, and it has other parts")
+            continue
+        parts = _Parts(tensor, scales, zeros)
+        by_rows = len(tensor.shape) == 3 or rest == f".{TABLE}"
+        cols = tensor.shape[0]
+        if by_rows:
+            width = widths.get(tensor.name)
+            cols = width if isinstance(width, int) else prod(scales.shape[1:]) * (layout.group or 1)
+        found[stem] = _of_layout(file, parts, layout, cols, by_rows=by_rows)
+    if problems:
+        raise IntegrityError("the graph does not hold what it says", where=file.paths[0], problems=problems)
+    return list(found.values())
+
+
+def _stated(types: Mapping[str, object], stem: str) -> GroupLayout | None:
+    """The layout that the metadata gives the first of the tensors in one; None for none that there is."""
+    name = types.get(split_name(stem)[0][0])
+    kept = GROUP_ENCODINGS.get(name) if isinstance(name, str) else None
+    return None if kept is None else kept.layout
+
+
+def _of_layout(file: OnnxFile, parts: _Parts, layout: GroupLayout, cols: int, *, by_rows: bool) -> Kept:
+    group = layout.group_weights(cols)
+    name = _layout_name(layout.bits, group, cols, parts.scales, layout.zero_points, whole=layout.group is None)
+    count = prod(parts.scales.shape) // -(-cols // group)
+    if by_rows:
+        return _packed(file, parts, name, (count, cols))
+    form = _Form(layout.bits, not layout.zero_points, group, (count, cols), True, 1 << layout.bits >> 1)
+    return _turned(file, parts, form, name)
 
 
 def _reshaped(file: OnnxFile) -> dict[str, str]:
@@ -102,8 +155,7 @@ class _Parts:
 
     @property
     def name(self) -> str:
-        ending = next((end for end in PART_ENDINGS if self.codes.name.endswith(end)), "")
-        return self.codes.name.removesuffix(ending)
+        return self.codes.name.partition(f".{CODES}")[0]
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -124,10 +176,12 @@ def _parts(file: OnnxFile, node: OnnxNode, sources: Mapping[str, str], places: t
     return _Parts(codes, scales, zeros) if scales.kind in STORES else None
 
 
-def _layout_name(bits: int, group: int, cols: int, scales: OnnxTensor, zero_points: bool) -> str:
-    """The encoding's name; of a layout that llmx does not know, one that says what it is."""
+def _layout_name(
+    bits: int, group: int, cols: int, scales: OnnxTensor, zero_points: bool, *, whole: bool = False
+) -> str:
+    """The encoding's name; of a layout that llmx does not know, one that says what it is. whole: one group a row."""
     store = STORES[scales.kind]
-    for size in (group, None) if group >= cols else (group,):
+    for size in (None,) if whole else (group, None) if group >= cols else (group,):
         name = NAMES.get(GroupLayout(bits, size, store, zero_points))
         if name is not None:
             return name
@@ -143,12 +197,15 @@ def _matmul(file: OnnxFile, node: OnnxNode, sources: Mapping[str, str]) -> Kept 
     cols, count, group = (value if isinstance(value, int) and value > 0 else 1 for value in wanted)
     bits = node.attributes.get("bits", 4)
     name = _layout_name(bits, group, cols, parts.scales, parts.zeros is not None)
+    return _packed(file, parts, name, (count, cols))
 
+
+def _packed(file: OnnxFile, parts: _Parts, name: str, shape: tuple[int, int]) -> Kept:
     def rows(start: int, stop: int) -> np.ndarray:
-        held = [file.bytes(stored).reshape(count, -1)[start:stop] for stored in parts.stored]
+        held = [file.bytes(stored).reshape(shape[0], -1)[start:stop] for stored in parts.stored]
         return np.concatenate(held, axis=1)
 
-    return Kept(parts.name, name, (count, cols), rows, parts.stored, parts.nbytes)
+    return Kept(parts.name, name, shape, rows, parts.stored, parts.nbytes)
 
 
 def _gathered(file: OnnxFile, node: OnnxNode, sources: Mapping[str, str]) -> Kept | None:
@@ -195,12 +252,12 @@ def _dequantized(file: OnnxFile, node: OnnxNode, sources: Mapping[str, str]) -> 
     return _turned(file, parts, form)
 
 
-def _turned(file: OnnxFile, parts: _Parts, form: _Form) -> Kept:
+def _turned(file: OnnxFile, parts: _Parts, form: _Form, known: str | None = None) -> Kept:
     """Whole numbers as kept rows: counted from 0, with zero points where they are not in the middle."""
     count, cols = form.shape
     middle = 1 << form.bits >> 1
     stated = parts.zeros is not None or form.unstated != middle
-    name = _layout_name(form.bits, form.group, cols, parts.scales, stated)
+    name = known or _layout_name(form.bits, form.group, cols, parts.scales, stated)
     groups = -(-cols // form.group)
 
     def numbers(tensor: OnnxTensor, width: int, start: int, stop: int) -> np.ndarray:
