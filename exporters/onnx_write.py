@@ -12,7 +12,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,20 @@ from llmx.progress import Progress
 from llmx.quant.protocol import Effort
 
 Bytes = npt.NDArray[np.uint8]
-Rows = Mapping[str, Bytes]
+
+
+class KeptRows(Protocol):
+    """The rows of one weight in its encoding: an array, or what makes some of it when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> Bytes:
+        """u8[rows of the slice, row bytes]."""
+        ...
+
+
+Rows = Mapping[str, KeptRows]
 # Weights read and converted at once: fixed, so that the bytes do not depend on the number of threads. Matrices that are
 # laid out as columns are written in pieces of as many bytes as rows are read, so more are read.
 CHUNK_WEIGHTS = 1 << 20

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from family_cases import CASES, kl, random_tokens, save  # noqa: E402
+from gguf_cases import FAMILIES, gguf_of, letters  # noqa: E402
 
 from llmx.errors import IntegrityError, UnsupportedError, UsageError  # noqa: E402
 from llmx.exporters.gguf import GgufOptions, prepare, write  # noqa: E402
@@ -35,43 +36,8 @@ from llmx.validate.restored import restored_model  # noqa: E402
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 TYPES = ("Q4_0", "Q8_0")
-SOLVABLE = ("llama", "qwen3-tied", "gemma3", "phi3", "gpt2", "mixtral")
 MAX_KL = 1e-9
 SHORT = 9  # positions within every window that llama.cpp's graphs do not have
-
-
-def letters(count: int) -> Tokenizer:
-    """A tokenizer of single characters: enough for a file of random weights."""
-    return Tokenizer(
-        kind="byte_bpe",
-        tokens=tuple(chr(33 + id) for id in range(count)),
-        types=(1,) * count,
-        scores=(),
-        merges=(),
-        pre="gpt-2",
-        special={"bos": 1, "eos": 2},
-        end_ids=(2,),
-        add_bos=False,
-        add_eos=False,
-        add_space_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization=None,
-        charsmap=None,
-        templates={},
-        strips_right=(),
-        differences=(),
-    )
-
-
-def gguf_of(folder: Path, path: Path, type_name: str) -> Path:
-    """The checkpoint as a GGUF file of our own. Skips what llama.cpp cannot compute."""
-    model = open_model(folder)
-    try:
-        export = prepare(model, letters(model.architecture.vocab), GgufOptions(file_type=file_type(type_name)))
-    except UnsupportedError as error:
-        pytest.skip(f"no GGUF file holds it: {error.problems}")
-    write(export, [path])
-    return path
 
 
 def differing(a: Architecture, b: Architecture) -> list[str]:
@@ -107,7 +73,7 @@ def test_every_family_comes_back_with_the_decoded_weights_bit_for_bit_and_the_sa
     assert kl(decoder.logits(theirs, tokens), decoder.logits(made, tokens)) < MAX_KL
 
 
-@pytest.mark.parametrize("name", SOLVABLE)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_folder_of_a_file_loads_as_a_checkpoint_once_its_weights_are_written(
     name: str, solvable: Callable[[str], Path], tmp_path: Path
 ) -> None:
