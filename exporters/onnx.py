@@ -16,7 +16,6 @@ import onnx_ir as ir
 from llmx.errors import IntegrityError, UsageError
 from llmx.exporters.encoding import GROUP_ENCODINGS
 from llmx.exporters.gguf_metadata import SOLVER_KEY
-from llmx.exporters.gguf_metadata import SOLVER_KEY
 from llmx.exporters.onnx_attention import attend, attend_grouped
 from llmx.exporters.onnx_experts import mix, mix_routed
 from llmx.exporters.onnx_fusion import drop_unused, fuse_skips
@@ -48,6 +47,7 @@ from llmx.models.decoder import forward
 from llmx.models.model import Model, check_finite
 from llmx.models.tokenizer import Tokenizer
 from llmx.progress import track
+from llmx.quant.activations import InputScale
 from llmx.quant.grid import largest_weight
 from llmx.quant.protocol import Effort
 
@@ -84,7 +84,8 @@ class OnnxOptions:
     """What the user chose. type_name: "F32" or "F16", of all that is not quantized.
 
     types: canonical name -> encoding, of the matrices that are; a float type is the same as none. wanted: the types
-    that tensors would have had if their rows allowed it. mix: the name of it all, as plans show it.
+    that tensors would have had if their rows allowed it. mix: the name of it all, as plans show it. scales: canonical
+    name -> the static scale of a matrix's inputs, where these are rounded to 8 bits; without one they are by row.
     """
 
     type_name: str = "F32"
@@ -92,6 +93,7 @@ class OnnxOptions:
     types: Mapping[str, str] = field(default_factory=dict)
     wanted: Mapping[str, str] = field(default_factory=dict)
     mix: str = ""
+    scales: Mapping[str, InputScale] = field(default_factory=dict)
     threads: int = 1
     effort: Effort = "balanced"
     solver: str | None = None  # SOLVED or SCALED, where weights are not just rounded
@@ -168,7 +170,7 @@ def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]
     recorder = GraphRecorder(options.type_name)
     run = Run(recorder, architecture)
     quantized = {name: kind for name, kind in options.types.items() if kind in GROUP_ENCODINGS}
-    ops = RecordingOps(run, model, dialect.operators, quantized)
+    ops = RecordingOps(run, model, dialect.operators, quantized, options.scales)
     tokens, _, positions = States(run.tokens), run.mask, States(run.positions)  # declared in this order
     logits = forward(model, ops, tokens, positions).value
     logits = logits if quantized else run.batched(logits)
@@ -191,8 +193,6 @@ def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]
     about = {"llmx.dialect": dialect.name, "llmx.type": options.mix or options.type_name}
     if quantized:
         about[TYPES_KEY] = json.dumps(quantized)
-    if options.solver is not None:
-        about[SOLVER_KEY] = options.solver
     if options.solver is not None:
         about[SOLVER_KEY] = options.solver
     version = IR_VERSION_2_BITS if _has_2_bits(recorder) else IR_VERSION

@@ -107,6 +107,12 @@ class Parts:
     zero_points: ir.Value | None
 
 
+def by_channel(encoding: GroupEncoding) -> bool:
+    """Whether its matrices are signed bytes with one scale an output, as products of integers take them."""
+    layout = encoding.layout
+    return layout.group is None and layout.bits == 8 and not layout.zero_points
+
+
 def onnx_type(type_name: str) -> ir.DataType:
     """The type of a stored tensor as onnx numbers it."""
     return ir.DataType[FLOATS[type_name].onnx if type_name in FLOATS else type_name]
@@ -184,13 +190,15 @@ class GraphRecorder:
 
     def quantized(self, pieces: Sequence[Piece], encoding: GroupEncoding, *, columns: bool) -> Parts:
         """The parts of a matrix of few bits, stored once however often it is used."""
+        channels = by_channel(encoding)
+        columns = columns or channels
         matrix = Quantized(joined_name([_named(piece) for piece in pieces]), tuple(pieces), encoding, columns)
         layout, rows, groups = encoding.layout, matrix.rows + matrix.pad, matrix.groups
         kind = integer_type(layout.bits, not layout.zero_points) if columns else "UINT8"
         zero_bytes = -(-groups * layout.bits // 8)
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
             CODES: ((matrix.cols, rows) if columns else (rows, groups, layout.group_bytes(matrix.cols)), kind),
-            SCALES: ((groups, rows) if columns else (rows, groups), self.type_name),
+            SCALES: ((rows,) if channels else (groups, rows) if columns else (rows, groups), self.type_name),
             ZERO_POINTS: ((groups, rows) if columns else (rows, zero_bytes), kind),
         }
         codes, scales, zeros = (

@@ -15,12 +15,14 @@ import onnx_ir as ir
 from llmx.exporters.encoding import GROUP_ENCODINGS, GroupEncoding
 from llmx.exporters.onnx_attention import Attend, Heads
 from llmx.exporters.onnx_experts import Activate, Experts, Mix, mix_sorted
-from llmx.exporters.onnx_graph import GraphRecorder, Parts, Piece, Stored, whole
+from llmx.exporters.onnx_graph import GraphRecorder, Parts, Piece, Stored, by_channel, whole
+from llmx.exporters.onnx_int8 import Int8Products, look_up_channels
 from llmx.exporters.onnx_linear import LookUp, Multiply
 from llmx.exporters.onnx_run import Run
 from llmx.formats.onnx import PARTS, joined_name, present
 from llmx.models.architecture import Activation, NormKind, Role, Rope
 from llmx.models.model import Model, Weight
+from llmx.quant.activations import InputScale
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +73,29 @@ class Operators:
 class RecordingOps:
     """Ops over values of a graph. presents: the caches a run leaves, by name.
 
-    types: canonical name -> encoding, of the matrices that are quantized.
+    types: canonical name -> encoding, of the matrices that are quantized. scales: canonical name -> the static scale of
+    that matrix's inputs, where it is multiplied in integers and they have one.
     """
 
-    def __init__(self, run: Run, model: Model, operators: Operators, types: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        model: Model,
+        operators: Operators,
+        types: Mapping[str, str],
+        scales: Mapping[str, InputScale],
+    ) -> None:
         self.presents: dict[str, ir.Value] = {}
         self._run, self._graph, self._model, self._operators = run, run.graph, model, operators
         self._types, self._flat = types, not types
+        self._integers = Int8Products(scales)
         self._together: dict[str, tuple[ir.Value, ir.Value]] = {}  # weight -> the inputs and outputs of its product
 
     def embed(self, indices: Rows, table: Weight) -> Rows:
         encoding = self._encoding(table)
         if encoding is not None:
-            return Rows(self._operators.look_up(self._graph, indices.value, self._parts([whole(table)], encoding)))
+            look_up = look_up_channels if by_channel(encoding) else self._operators.look_up
+            return Rows(look_up(self._graph, indices.value, self._parts([whole(table)], encoding)))
         flat = indices.value
         if self._flat:
             flat = self._graph.node("Reshape", flat, self._graph.constant([-1]))
@@ -108,8 +120,7 @@ class RecordingOps:
         weights = self._sharing(weight)
         if len(weights) == 1:
             shift = None if bias is None else self._graph.weight(bias)
-            parts = self._parts([whole(weight)], encoding)
-            return Rows(self._operators.multiply(self._graph, x.value, parts, shift))
+            return Rows(self._multiply(x.value, self._parts([whole(weight)], encoding), shift))
         name = weight.spec.name
         if name not in self._together:
             self._multiply_together(x.value, weights, encoding)
@@ -124,7 +135,7 @@ class RecordingOps:
             name = joined_name([(bias.spec.name, None) for bias in biases])
             length = sum(bias.cols for bias in biases)
             shift = graph.keep(Stored(name, (length,), graph.type_name, tuple(map(whole, biases))))
-        product = self._operators.multiply(graph, x, self._parts([whole(w) for w in weights], encoding), shift)
+        product = self._multiply(x, self._parts([whole(w) for w in weights], encoding), shift)
         sizes = graph.constant([weight.rows for weight in weights])
         for weight, output in zip(weights, graph.outputs(len(weights), "Split", product, sizes, axis=-1), strict=True):
             self._together[weight.spec.name] = x, output
@@ -150,6 +161,10 @@ class RecordingOps:
 
     def _parts(self, pieces: Sequence[Piece], encoding: GroupEncoding) -> Parts:
         return self._graph.quantized(pieces, encoding, columns=self._operators.columns)
+
+    def _multiply(self, x: ir.Value, parts: Parts, bias: ir.Value | None) -> ir.Value:
+        multiply = self._integers.multiply if by_channel(parts.matrix.encoding) else self._operators.multiply
+        return multiply(self._graph, x, parts, bias)
 
     def _gemm(self, x: ir.Value, matrix: ir.Value, bias: Weight | None = None) -> ir.Value:
         shift = () if bias is None else (self._graph.weight(bias),)
@@ -226,7 +241,7 @@ class RecordingOps:
             return self._graph.node("Concat", *(self._expert(x, [one], expert) for one in matrices), axis=-1)
         encoding = self._encoding(matrices[0])
         if encoding is not None:
-            return self._operators.multiply(self._graph, x, self._parts(pieces, encoding), None)
+            return self._multiply(x, self._parts(pieces, encoding), None)
         shape = (sum(sizes.values()), matrices[0].cols)
         name = joined_name([(name, expert) for name in sizes])
         stored = Stored(name, shape, self._graph.type_name, tuple(pieces))

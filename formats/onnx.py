@@ -13,6 +13,7 @@ NAME.zero_points, laid out for the operator that reads them:
 
     rows       MatMulNBits         codes u8[N, groups, bytes]    scales float[N, groups]    zero points u8[N, bytes]
     columns    DequantizeLinear    codes intb[K, N]              scales float[groups, N]    zero points intb[groups, N]
+    channels   DequantizeLinear    codes int8[K, N]              scales float[N]
 
 N outputs, K inputs; intb is uintb with zero points and signed without. Columns of less than 8 bits are filled up with
 zeros to whole bytes. Matrices with the same inputs may be one, their outputs under each other: layers.0.q+k+v.weight;
