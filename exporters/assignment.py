@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What one canonical tensor gets: a block type, a method (rtn, gptq, auto), and whether AWQ may scale it."""
+    """What one canonical tensor gets: an encoding, a method (rtn, gptq, auto), and whether AWQ may scale it."""
 
     type_name: str
     method: str

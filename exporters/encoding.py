@@ -38,6 +38,10 @@ class Encoding(Protocol):
     @property
     def name(self) -> str: ...
 
+    def solvable(self, cols: int) -> bool:
+        """Whether `grid` has one for rows of so many weights."""
+        ...
+
     def grid(self, cols: int) -> Grid:
         """What rows of so many weights are solved on.
 
@@ -81,6 +85,9 @@ class BlockEncoding:
 
     name: str
 
+    def solvable(self, cols: int) -> bool:
+        return self.name in grids.GRIDS and cols % BLOCKS[self.name].weights == 0
+
     def grid(self, cols: int) -> Grid:
         return grids.grid(self.name, cols)
 
@@ -117,6 +124,9 @@ class GroupEncoding:
 
     name: str
     layout: GroupLayout
+
+    def solvable(self, cols: int) -> bool:
+        return cols % self.layout.group_weights(cols) == 0
 
     def grid(self, cols: int) -> Grid:
         return grids.grid(self.name, cols)
@@ -203,6 +213,9 @@ ENCODINGS: dict[str, Encoding] = {
     **GROUP_ENCODINGS,
 }
 """Every encoding, keyed by name."""
+
+SOLVABLE: frozenset[str] = frozenset((*grids.GRIDS, *GROUP_ENCODINGS))
+"""Those with scales and codes, which a solver can choose."""
 
 
 def encoding(name: str) -> Encoding:

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmx.errors import UnsupportedError, UsageError
+from llmx.exporters import format_types
 from llmx.exporters.assignment import Assignment
+from llmx.exporters.encoding import SOLVABLE
+from llmx.exporters.format_types import FormatTypes
 from llmx.exporters.gguf_metadata import SCALED, SOLVED
 from llmx.exporters.gguf_types import FILE_TYPES, WRITABLE_TYPES, FileType
 from llmx.exporters.recipe_file import find_recipe
@@ -135,17 +138,19 @@ def file_type_of(recipe: Recipe) -> FileType:
     )
 
 
-def quantization(model: Model, wishes: Wishes, recipe: Recipe, base: str, threads: int) -> Quantization:
-    """Decide what each tensor gets and what is read for it. base: the mix's base type.
+def quantization(
+    model: Model, wishes: Wishes, recipe: Recipe, base: str, threads: int, types: FormatTypes = format_types.GGUF
+) -> Quantization:
+    """Decide what each tensor gets and what is read for it. base: the mix's base type. types: those of the format.
 
-    Raises: UsageError for wishes that contradict each other, UnsupportedError for types that GGUF does not have, and
-    what read_calibration raises.
+    Raises: UsageError for wishes that contradict each other, UnsupportedError for types that the format does not have,
+    and what read_calibration raises.
     """
     specs = [spec for spec in model.architecture.tensors if spec.part == "weight"]
     layers = model.architecture.layers
     tensors: list[Tensor] = [(spec.name, spec.role, spec.layer, layers) for spec in specs]
-    resolved = {got.name: got for got in resolve(recipe, tensors)}
-    _check(wishes, resolved)
+    resolved = {got.name: _spelt(got, types) for got in resolve(recipe, tensors)}
+    _check(wishes, resolved, types)
     idle = idle_rules(recipe, resolved.values())
     if idle:
         raise UsageError(
@@ -153,11 +158,11 @@ def quantization(model: Model, wishes: Wishes, recipe: Recipe, base: str, thread
             problems=[f"rules[{number}]: {recipe.rules[number].to_json()}" for number in idle],
             fix="mend or remove them",
         )
-    unknown = {got.type for got in resolved.values() if got.type and got.type.upper() not in WRITABLE_TYPES}
+    unknown = {got.type for got in resolved.values() if got.type and types.find(got.type) is None}
     if unknown:
         raise UnsupportedError(
-            f"rules of the recipe name no types of GGUF tensors: {', '.join(sorted(unknown))}",
-            fix=f"one of {', '.join(WRITABLE_TYPES)}",
+            f"rules of the recipe name no types of {types.name} tensors: {', '.join(sorted(unknown))}",
+            fix=f"one of {types.choices}",
         )
     parameters = sum(model.weight(spec.name).rows * model.weight(spec.name).cols for spec in specs)
     settings = recipe.calibration or CalibrationSettings(default_tokens(parameters), LENGTH)
@@ -165,7 +170,7 @@ def quantization(model: Model, wishes: Wishes, recipe: Recipe, base: str, thread
         raise UsageError(f"calibration.length is {settings.length}; sequences have at least {SHORTEST} tokens")
     tokens = wishes.tokens or settings.tokens
     length = min(settings.length, model.architecture.context_length)
-    note = _why_not(wishes, resolved, base, parameters * tokens, threads)
+    note = _why_not(wishes, resolved, _fewest_bits(resolved, base, types), parameters * tokens, threads)
     made = Quantization(recipe, resolved, None, tokens, length, statistics=wishes.statistics)
     if note is not None:
         return replace(made, notes=(note,) if note else ())
@@ -208,7 +213,16 @@ def _rounds(resolved: Mapping[str, Resolved]) -> bool:
     return all(got.method == "rtn" and got.transform is None for got in resolved.values())
 
 
-def _check(wishes: Wishes, resolved: Mapping[str, Resolved]) -> None:
+def _spelt(got: Resolved, types: FormatTypes) -> Resolved:
+    """With its type as the format spells it, where the format has it."""
+    return got if got.type is None else replace(got, type=types.find(got.type) or got.type)
+
+
+def _fewest_bits(resolved: Mapping[str, Resolved], base: str, types: FormatTypes) -> float:
+    return min(types.bits(name) for name in (base, *(got.type for got in resolved.values() if got.type)))
+
+
+def _check(wishes: Wishes, resolved: Mapping[str, Resolved], types: FormatTypes) -> None:
     problems = []
     if wishes.importance and (wanting := _wanting(resolved)):
         problems.append(f"--imatrix holds mean squares alone; {' and '.join(wanting)} need whole second moments")
@@ -216,8 +230,8 @@ def _check(wishes: Wishes, resolved: Mapping[str, Resolved]) -> None:
         problems.append("--imatrix and --calibration both say what inputs weigh")
     if wishes.statistics is not None and (wishes.importance or (_rounds(resolved) and wishes.calibration is None)):
         problems.append("--statistics keeps what a calibration gathers, and this export does not calibrate")
-    if any(got.transform == "smoothquant" for got in resolved.values()):
-        problems.append("SmoothQuant is for formats that quantize activations; GGUF does not")
+    if not types.quantizes_activations and any(got.transform == "smoothquant" for got in resolved.values()):
+        problems.append(f"SmoothQuant is for formats that quantize activations; {types.name} does not")
     problems += _impossible(wishes)
     if problems:
         raise UsageError("these options do not go together", problems=problems)
@@ -241,16 +255,15 @@ def _device(asked: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
-def _why_not(wishes: Wishes, resolved: Mapping[str, Resolved], base: str, work: float, threads: int) -> str | None:
-    """Why nothing is calibrated; "" where nobody would have expected it, None where it is."""
+def _why_not(wishes: Wishes, resolved: Mapping[str, Resolved], bits: float, work: float, threads: int) -> str | None:
+    """Why nothing is calibrated; "" where nobody would have expected it, None where it is. bits: of the smallest."""
     if wishes.importance or wishes.calibrate is False:
         return ""
     if wishes.calibration is not None or wishes.calibrate or _wanting(resolved):
         return None
-    smallest = min(bits_of(name) for name in (base, *(got.type.upper() for got in resolved.values() if got.type)))
-    if smallest >= FLOAT_BITS or _rounds(resolved):
+    if bits >= FLOAT_BITS or _rounds(resolved):
         return ""
-    if smallest >= EIGHT_BITS:
+    if bits >= EIGHT_BITS:
         return "8-bit weights are rounded to the nearest: a calibration has nothing to win there"
     seconds = work * SECONDS_PER_WORK / threads
     if work > AUTO_WORK and _device(wishes.device) == "cpu":
@@ -261,14 +274,8 @@ def _why_not(wishes: Wishes, resolved: Mapping[str, Resolved], base: str, work: 
     return None
 
 
-def bits_of(base: str) -> float:
-    from llmx.formats.ggml_blocks import BLOCKS
-
-    return BLOCKS[base].bits
-
-
 def assignments(quantization: Quantization, types: Mapping[str, str]) -> dict[str, Assignment]:
-    """What each tensor to be solved gets. types: canonical name -> block type."""
+    """What each tensor to be solved gets. types: canonical name -> encoding."""
     return {
         name: Assignment(
             type_name,
@@ -276,7 +283,7 @@ def assignments(quantization: Quantization, types: Mapping[str, str]) -> dict[st
             quantization.resolved[name].transform == "awq",
         )
         for name, type_name in types.items()
-        if type_name in GRIDS and name in quantization.resolved
+        if type_name in SOLVABLE and name in quantization.resolved
     }
 
 

@@ -17,15 +17,14 @@ import torch
 
 from llmx.errors import IntegrityError
 from llmx.exporters.assignment import Assignment
-from llmx.formats.ggml_blocks import row_bytes
-from llmx.formats.ggml_decode import decode
-from llmx.formats.ggml_packers import BlockScales, pack
+from llmx.exporters.encoding import Encoding, encoding
+from llmx.formats.ggml_packers import BlockScales
 from llmx.models.model import Model, Weight
 from llmx.progress import Progress, track
 from llmx.quant.awq import AwqOptions, clip_limits, search_awq
 from llmx.quant.calibrate import Calibration, loaded, walk
-from llmx.quant.grid import GRIDS, encode
 from llmx.quant.inputs import MatrixInputs
+from llmx.quant.protocol import Floats, Grid
 from llmx.quant.scale_search import Scaling
 from llmx.quant.solve import EFFORTS, Prepared, Solution, SolveOptions, solve
 from llmx.quant.statistics import Statistics
@@ -102,6 +101,9 @@ class Solved:
         rounded = [line for line in self.lines if line.method == "rtn" and line.held_out is not None]
         if rounded and any(line.method != "rtn" for line in self.lines):
             notes.append(f"{len(rounded)} of {len(self.lines)} matrices were best rounded to the nearest")
+        ragged = [line for line in self.lines if line.tokens is not None and line.held_out is None]
+        if ragged:
+            notes.append(f"{len(ragged)} matrices with a short last group a row were rounded to the nearest")
         if self.scaling is not None and self.scaling.left_alone:
             notes.append(f"AWQ left {self.scaling.left_alone} of {len(self.scaling.choices)} groups as they are")
         return notes
@@ -138,18 +140,14 @@ class MatrixSolver:
             options = replace(self._options(assigned), repairs=False)
             return self._solve(weight, None, self.head, assigned.type_name, options)
         started = time.monotonic()
-        rows = self._rows_of(weight, assigned.type_name)
-
-        def encoded(part: slice) -> None:
-            rows[part] = encode(assigned.type_name, weight.read(part.start, part.stop), effort=self.options.effort)
-
-        self.workers.map(encoded, spans(weight.rows, TABLE_ROWS))
+        kept, rows = encoding(assigned.type_name), self._rows_of(weight, assigned.type_name)
+        self._encode(weight, 0, rows, kept, None)
         weight.release()
         spent = time.monotonic() - started
         size = weight.rows * weight.cols
-        line = Line(weight.spec.name, None, assigned.type_name, "rtn", None, None, None, None, False, size, spent)
+        line = Line(weight.spec.name, None, kept.name, "rtn", None, None, None, None, False, size, spent)
         self._done(weight, line)
-        return torch.from_numpy(decode(assigned.type_name, rows))
+        return torch.from_numpy(kept.decode(rows, weight.cols))
 
     def _options(self, assigned: Assignment) -> SolveOptions:
         """With the candidates of the tensor's method."""
@@ -167,26 +165,51 @@ class MatrixSolver:
             )
         if self._shared is None or self._shared[0] is not inputs:
             self._shared = (inputs, Prepared(found))
-        count = weight.spec.shape[-2]
+        kept, count = encoding(type_name), weight.spec.shape[-2]
         first = count * (expert or 0)
+        rows = self._rows_of(weight, type_name)[first : first + count]
+        if not kept.solvable(weight.cols):
+            return self._rounded(weight, expert, kept, rows, found)
+        grid = kept.grid(weight.cols)
         values = loaded(weight, self.workers, found.squares.device, first, count)
         limits = None
         if self.assignments[weight.spec.name].scaled:
-            limits = clip_limits(weight.spec.role, values, found, GRIDS[type_name], AwqOptions(), self.workers)
-        solution = solve(values, self._shared[1], GRIDS[type_name], options, self.workers, limits=limits)
-        rows = self._rows_of(weight, type_name)
-        self._pack(type_name, solution, rows[first : first + count])
+            limits = clip_limits(weight.spec.role, values, found, grid, AwqOptions(), self.workers)
+        solution = solve(values, self._shared[1], grid, options, self.workers, limits=limits)
+        self._pack(kept, solution, rows)
         self._done(weight, _line(weight, expert, type_name, solution, found.tokens, found.pooled))
         return solution.value
 
-    def _pack(self, type_name: str, solution: Solution, rows: Bytes) -> None:
+    def _rounded(
+        self, weight: Weight, expert: int | None, kept: Encoding, rows: Bytes, found: Statistics
+    ) -> torch.Tensor:
+        """A matrix whose rows end in a short group, which no solver takes: rounded to the nearest."""
+        started = time.monotonic()
+        importance = found.fitted.hessian.diagonal().cpu().numpy()
+        self._encode(weight, len(rows) * (expert or 0), rows, kept, importance if importance.any() else None)
+        size, spent = len(rows) * weight.cols, time.monotonic() - started
+        name, tokens = weight.spec.name, found.tokens
+        line = Line(name, expert, kept.name, "rtn", None, None, None, tokens, found.pooled, size, spent)
+        self._done(weight, line)
+        return torch.from_numpy(kept.decode(rows, weight.cols)).to(found.squares.device)
+
+    def _encode(self, weight: Weight, first: int, rows: Bytes, kept: Encoding, importance: Floats | None) -> None:
+        """Fills the rows on disk, rounded to the nearest; first: the weight's row that the first is."""
+
+        def encoded(part: slice) -> None:
+            values = weight.read(first + part.start, first + part.stop)
+            rows[part] = kept.encode(values, importance, self.options.effort)
+
+        self.workers.map(encoded, spans(len(rows), TABLE_ROWS))
+
+    def _pack(self, kept: Encoding, solution: Solution, rows: Bytes) -> None:
         """Fills the rows on disk; the workers share them."""
         blocks = len(solution.codes) // len(rows)
 
         def packed(part: slice) -> None:
             own = slice(part.start * blocks, part.stop * blocks)
-            scales = part_of(solution.scales, own)
-            rows[part] = pack(type_name, scales, solution.codes[own]).reshape(part.stop - part.start, -1)
+            codes = solution.codes[own].reshape(part.stop - part.start, -1)
+            kept.pack(part_of(solution.scales, own), codes, rows[part])
 
         self.workers.map(packed, spans(len(rows), PACKED_ROWS))
 
@@ -194,7 +217,7 @@ class MatrixSolver:
         """The tensor's rows on disk."""
         name = weight.spec.name
         if name not in self.rows:
-            shape = (weight.rows, row_bytes(type_name, weight.cols))
+            shape = (weight.rows, encoding(type_name).row_bytes(weight.cols))
             self.rows[name] = np.memmap(self.folder / f"{name}.rows", np.uint8, "w+", shape=shape)
         return self.rows[name]
 
@@ -259,7 +282,7 @@ def solve_tensors(
     tied = model.architecture.tied
     with workers(threads) as pool, track(total, "solving") as progress:
         scaling = None
-        scaled = {name: GRIDS[a.type_name] for name, a in assignments.items() if a.scaled}
+        scaled = _scaled(model, assignments)
         if scaled:
             scaling = search_awq(model, calibration, scaled, AwqOptions(), pool)
             model = scaling.folds.applied(model)
@@ -269,6 +292,12 @@ def solve_tensors(
         walk(model, calibration, solver, pool)
     tokens = sum(batch.tokens.numel() for batch in calibration.batches)
     return Solved(model, solver.rows, tuple(solver.lines), scaling, tokens)
+
+
+def _scaled(model: Model, assignments: Mapping[str, Assignment]) -> dict[str, Grid]:
+    """Canonical name -> grid of the matrices that AWQ may scale."""
+    wanted = {name: (encoding(a.type_name), model.weight(name).cols) for name, a in assignments.items() if a.scaled}
+    return {name: kept.grid(cols) for name, (kept, cols) in wanted.items() if kept.solvable(cols)}
 
 
 def _head_inputs(model: Model, calibration: Calibration, pool: Workers) -> MatrixInputs | None:
