@@ -199,7 +199,7 @@ def test_the_smoothing_loss_is_that_of_inputs_rounded_to_8_bits(name: str, scale
         columns = np.ones(COLS, np.float32)
         columns[OUTLIERS] = 4
     weight, x = seen.weight(), given[1].float_.numpy()
-    divided: Floats = x if columns is None else x / columns
+    divided = np.asarray(x if columns is None else x / columns, np.float32)
     assert seen.sample is not None
     best = best_scale(seen.sample if columns is None else seen.sample.divided(columns))
     codes = rounded_by_row(divided) if name == "by row" else in_8_bits(divided, best)
