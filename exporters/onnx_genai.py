@@ -3,25 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmx.formats.json_text import read_object
 from llmx.formats.onnx import LOGITS, MASK, MODEL_NAME, PARTS, POSITIONS, TOKENS
 from llmx.models.architecture import Architecture
 from llmx.models.tokenizer import Tokenizer
 
 CONFIG_NAME = "genai_config.json"
 REQUIRED = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     REQUIRED,
-    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
 )
 # genai knows models by names of its own and refuses some of our families', though all are one plain decoder to it.
 DECODER = "llama"
+# It refuses a tokenizer_class that it does not know, though tokenizer.json says all: those that 0.18 takes, all of
+# transformers' names tried.
+CLASSES = frozenset(
+    f"{name}{suffix}"
+    for name in (
+        "CLIPTokenizer",
+        "CodeGenTokenizer",
+        "CodeLlamaTokenizer",
+        "DebertaV2Tokenizer",
+        "GPT2Tokenizer",
+        "GPTNeoXTokenizer",
+        "GemmaTokenizer",
+        "LlamaTokenizer",
+        "Phi3Tokenizer",
+        "PreTrainedTokenizer",
+        "Qwen2Tokenizer",
+        "TokenizersBackend",
+    )
+    for suffix in ("", "Fast")
+)
+ROLES = ("bos", "eos")
+ANY_CLASS = "PreTrainedTokenizerFast"
 # genai reserves its cache for so many positions at once: 128 thousand would take all the memory of a phone.
 LONGEST = 4096
 NO_TOKENIZER = f"without {REQUIRED}, onnxruntime-genai cannot read text with this folder: onnxruntime alone runs it"
@@ -38,7 +62,31 @@ def companions(
         return {}
     copied = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     told = configuration(architecture, tokenizer, inputs, shares_cache=shares_cache)
-    return {CONFIG_NAME: (json.dumps(told, indent=1) + "\n").encode(), **copied}
+    return {CONFIG_NAME: _written(told), TOKENIZER_CONFIG: tokenizer_config(tokenizer, folder), **copied}
+
+
+def tokenizer_config(tokenizer: Tokenizer, folder: Path) -> bytes:
+    """tokenizer_config.json: the checkpoint's own bytes where genai reads them as they are meant.
+
+    genai takes no class that it does not know and only one template, as text; it learns only here which tokens have a
+    role, and adds BOS or not by the class where add_bos_token does not say.
+    """
+    path = folder / TOKENIZER_CONFIG
+    found = read_object(path) if path.is_file() else {}
+    told = {**found, "add_bos_token": tokenizer.add_bos}
+    lacking = [role for role in ROLES if role in tokenizer.special and found.get(f"{role}_token") is None]
+    told |= {f"{role}_token": tokenizer.tokens[tokenizer.special[role]] for role in lacking}
+    if told.get("tokenizer_class") not in CLASSES:
+        told["tokenizer_class"] = ANY_CLASS
+    if tokenizer.chat_template is None:
+        told.pop("chat_template", None)
+    elif not isinstance(found.get("chat_template"), str) and not (folder / TEMPLATE_FILE).is_file():
+        told["chat_template"] = tokenizer.chat_template
+    return path.read_bytes() if told == found else _written(told)
+
+
+def _written(told: Mapping[str, Any]) -> bytes:
+    return (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def configuration(

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("onnx_ir", reason="the package onnx-ir is not installed: pip install 'llmx[onnx]'")
 
 from llmx.exporters.onnx import DIALECTS, OnnxExport, OnnxOptions, prepare, write
-from llmx.exporters.onnx_genai import LONGEST, configuration
+from llmx.exporters.onnx_genai import LONGEST, TOKENIZER_CONFIG, configuration, tokenizer_config
 from llmx.models.model import open_model
 from llmx.models.tokenizer import open_tokenizer
 from llmx.validate.runtimes.onnxruntime import OnnxRuntime
@@ -53,7 +53,7 @@ def test_the_folder_is_as_planned_and_names_what_the_graph_has(dialect: str, tmp
         file.name: file.nbytes for file in planned.plan.files
     }
     told = json.loads((tmp_path / "genai_config.json").read_text())
-    values = {value.name for value in (*planned.graph.graph.inputs, *planned.graph.graph.outputs)}
+    values = {str(value.name) for value in (*planned.graph.graph.inputs, *planned.graph.graph.outputs)}
     decoder = told["model"]["decoder"]
     named = {name.replace("%d", "0") for group in ("inputs", "outputs") for name in decoder[group].values()}
     assert named == {name for name in values if ".0." in name or "." not in name}
@@ -65,6 +65,56 @@ def test_a_long_context_is_capped() -> None:
     architecture = replace(open_model(EXAMPLE).architecture, context_length=131072)
     told = configuration(architecture, open_tokenizer(EXAMPLE), ["input_ids"], shares_cache=True)
     assert told["search"]["max_length"] == LONGEST and told["model"]["context_length"] == 131072
+
+
+TEMPLATE = "{{ bos_token }}[{{ messages[0].content }}]"
+NAMED = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "tools"}]
+OTHERWISE: dict[str, dict[str, object]] = {
+    "a class that genai does not know": {"tokenizer_class": "NewTokenizer", "chat_template": TEMPLATE},
+    "no class": {"tokenizer_class": None, "chat_template": TEMPLATE},
+    "a class that adds BOS by itself": {"tokenizer_class": "LlamaTokenizer", "chat_template": TEMPLATE},
+    "several templates": {"chat_template": NAMED},
+    "a BOS that only the map of special tokens names": {"bos_token": ..., "chat_template": TEMPLATE},
+    "no configuration at all": {},
+}
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_genai_reads_text_and_templates_of_any_checkpoint(case: str, adds_bos: bool, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="the package onnxruntime-genai is not installed")
+    folder = checkpoint(tmp_path / "checkpoint", OTHERWISE[case], adds_bos)
+    tokenizer = open_tokenizer(folder)
+    (tmp_path / "made").mkdir()
+    planned = prepare(open_model(folder), OnnxOptions(), tokenizer)
+    write(planned, [tmp_path / "made" / file.name for file in planned.plan.files])
+    made = genai.Tokenizer(str(tmp_path / "made"))
+    made.update_options(add_special_tokens="true")
+    assert made.encode(PROMPT).tolist() == tokenizer.encode(PROMPT)
+    assert (made.encode(PROMPT).tolist()[0] == 1) is adds_bos
+    said = [{"role": "user", "content": "Hi"}]
+    if tokenizer.chat_template is not None:
+        assert made.apply_chat_template(json.dumps(said)) == tokenizer.render(said) == "<s>[Hi]"
+
+
+def checkpoint(folder: Path, changes: dict[str, object], adds_bos: bool) -> Path:
+    """The example with another tokenizer_config.json; `...` leaves a key out, and no changes the file."""
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        (folder / name).symlink_to(EXAMPLE / name)
+    words = json.loads((EXAMPLE / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(words if adds_bos else {**words, "post_processor": None}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    told = json.loads((EXAMPLE / TOKENIZER_CONFIG).read_text()) | changes
+    if changes:
+        kept = {key: value for key, value in told.items() if value is not ...}
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(kept))
+    return folder
+
+
+def test_a_configuration_that_says_all_is_copied_as_it_is(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "checkpoint", {"add_bos_token": True, "chat_template": TEMPLATE}, adds_bos=True)
+    assert tokenizer_config(open_tokenizer(folder), folder) == (folder / TOKENIZER_CONFIG).read_bytes()
 
 
 def test_a_checkpoint_without_tokenizer_json_is_said_to_be_for_onnxruntime_alone(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def logits(path: Path) -> np.ndarray:
         name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items() if "past" in name
     }
     assert past(0, "key") in caches
-    return session.run(["logits"], feeds | caches)[0]
+    return np.asarray(session.run(["logits"], feeds | caches)[0])
 
 
 def test_an_ort_file_is_one_file_and_computes_what_the_graph_does(folder: Path) -> None:
