@@ -9,30 +9,14 @@ import numpy as np
 import torch
 
 from llmx.errors import IntegrityError
-from llmx.models.architecture import Role
+from llmx.exporters.onnx_types import static_names
 from llmx.models.model import Model, Weight
 from llmx.progress import Progress, track
-from llmx.quant.activations import UNIT, InputScale, best_scale
+from llmx.quant.activations import InputScale, best_scale
 from llmx.quant.calibrate import Calibration, walk
 from llmx.quant.inputs import MatrixInputs
 from llmx.quant.smooth import sample
 from llmx.quant.workers import Workers
-
-# Not `down`, whose inputs are products with few huge values in few tokens: with all of these static and only `down` by
-# row, a third of the loss is left that is there when it is static too (KL 0.0005 and 0.0015 on a model of 42 M). Nor
-# the head, for whose logits nothing is gained, nor experts, each of which sees few tokens.
-STATIC_ROLES: frozenset[Role] = frozenset({"q", "k", "v", "o", "gate", "up"})
-
-
-def static_names(model: Model) -> tuple[str, ...]:
-    """The matrices whose inputs get a static scale, where inputs are static: canonical names."""
-    specs = model.architecture.tensors
-    return tuple(spec.name for spec in specs if spec.role in STATIC_ROLES and spec.part == "weight")
-
-
-def planned_scales(model: Model) -> Mapping[str, InputScale]:
-    """Scales in the place of those to be measured: a plan's graph has the bytes that the real one will have."""
-    return dict.fromkeys(static_names(model), UNIT)
 
 
 def input_scales(model: Model, calibration: Calibration, workers: Workers) -> Mapping[str, InputScale]:
@@ -40,7 +24,7 @@ def input_scales(model: Model, calibration: Calibration, workers: Workers) -> Ma
 
     Raises: IntegrityError where the model computes values that are not finite on this text.
     """
-    names = static_names(model)
+    names = static_names(model.architecture)
     with track(sum(model.weight(name).nbytes for name in names), "measuring activations") as progress:
         seen = _Scales(frozenset(names), progress)
         walk(model, calibration, seen, workers)

@@ -18,8 +18,8 @@ from family_cases import CASES, decoded_logits, kl, random_tokens, reference_log
 from llmx.errors import IntegrityError  # noqa: E402
 from llmx.exporters.encoding import encoding  # noqa: E402
 from llmx.exporters.onnx import DIALECTS, OnnxExport, OnnxOptions, prepare, write  # noqa: E402
-from llmx.exporters.onnx_activations import input_scales, planned_scales, static_names  # noqa: E402
-from llmx.exporters.onnx_types import find_mix, planned_types  # noqa: E402
+from llmx.exporters.onnx_activations import input_scales  # noqa: E402
+from llmx.exporters.onnx_types import find_mix, planned_scales, planned_types, static_names  # noqa: E402
 from llmx.models.decoder import forward  # noqa: E402
 from llmx.models.model import Model, Weight, open_model  # noqa: E402
 from llmx.models.ops_torch import TorchOps  # noqa: E402
@@ -48,7 +48,7 @@ def measured(model: Model) -> dict[str, InputScale]:
 
 
 def export(model: Model, target: Path, dialect: str, scales: dict[str, InputScale]) -> tuple[OnnxExport, Path]:
-    types = planned_types(model.architecture, find_mix(CHANNELS))
+    types = planned_types(model.architecture, find_mix("W8A8_STATIC"))
     planned = prepare(model, OnnxOptions(dialect=dialect, types=types, scales=scales))
     target.mkdir()
     files = [target / file.name for file in planned.plan.files]
@@ -207,7 +207,7 @@ def test_rows_of_zeros_give_zeros_and_no_rows_give_none(tmp_path: Path) -> None:
 def test_matrices_with_one_input_have_one_scale_and_others_their_own() -> None:
     model = open_model(EXAMPLE)
     scales = measured(model)
-    assert set(scales) == set(static_names(model))
+    assert set(scales) == set(static_names(model.architecture))
     assert not any(".down." in name or name.startswith(("embedding", "head")) for name in scales)
     for layer in range(model.architecture.layers):
         q, k, v, o, gate, up = (scales[f"layers.{layer}.{role}.weight"] for role in ("q", "k", "v", "o", "gate", "up"))
@@ -224,10 +224,10 @@ def test_scales_are_the_same_for_any_number_of_threads() -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_plan_knows_every_byte_before_scales_are_measured(dialect: str) -> None:
     model = open_model(EXAMPLE)
-    types = planned_types(model.architecture, find_mix(CHANNELS))
+    types = planned_types(model.architecture, find_mix("W8A8_STATIC"))
     plans = [
         prepare(model, OnnxOptions(dialect=dialect, types=types, scales=scales)).plan
-        for scales in (planned_scales(model), measured(model))
+        for scales in (planned_scales(model.architecture, find_mix("W8A8_STATIC")), measured(model))
     ]
     assert plans[0].files == plans[1].files and plans[0].steps == plans[1].steps
 
