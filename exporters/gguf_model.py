@@ -30,7 +30,7 @@ from llmx.formats.safetensors import shorten, write_safetensors
 from llmx.models.architecture import Architecture, TensorSpec
 from llmx.models.checkpoint import SINGLE, Checkpoint, CheckpointSource, CheckpointTensor
 from llmx.models.families import describe
-from llmx.models.model import FLOATS, Model, Weight
+from llmx.models.model import FLOATS, Model, Weight, open_model
 
 SUFFIX = ".gguf"
 Floats = npt.NDArray[np.float32]
@@ -169,6 +169,18 @@ class GgufModel(Model):
 def is_gguf(model: str | Path) -> bool:
     """Whether this names a GGUF file and no folder or hub id."""
     return Path(model).suffix.lower() == SUFFIX and Path(model).is_file()
+
+
+def open_source(model: str | Path, revision: str | None = None) -> Model:
+    """The model in a GGUF file, in a local folder or under a hub id.
+
+    Raises: UsageError for a revision of a file; what open_gguf_model and open_model raise.
+    """
+    if not is_gguf(model):
+        return open_model(model, revision)
+    if revision is not None:
+        raise UsageError("--revision names a hub revision; MODEL is a local file", where=model)
+    return open_gguf_model(model)
 
 
 def open_gguf_model(path: str | Path) -> GgufModel:

@@ -15,6 +15,7 @@ Rounding to 8 bits moves a weight by a seventeenth of what the type's own roundi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -60,14 +61,15 @@ def kept_types(model: GgufModel) -> dict[str, str]:
     return {name: ROUNDED if (found := exact[kind]) is None else found.name for name, kind in quantized.items()}
 
 
-def taking_over(model: Model, options: OnnxOptions) -> OnnxOptions:
+def taking_over(model: Model, options: OnnxOptions, ruled: Mapping[str, str] | None = None) -> OnnxOptions:
     """The options of an export that keeps what the model's file has; its floats are float32.
 
+    ruled: canonical name -> the type that a recipe gives it instead.
     Raises: UsageError where the model is of no GGUF file.
     """
     if not isinstance(model, GgufModel):
         raise UsageError(f"the type {TAKEN} keeps what a GGUF file has, and this is none", fix="choose another --type")
-    return replace(options, type_name="F32", types=kept_types(model), mix=mix_name(model))
+    return replace(options, type_name="F32", types={**kept_types(model), **(ruled or {})}, mix=mix_name(model))
 
 
 def mix_name(model: GgufModel) -> str:
@@ -76,19 +78,27 @@ def mix_name(model: GgufModel) -> str:
     return next((name for name, mix in FILE_TYPES.items() if mix.id == told), TAKEN)
 
 
-def notes(model: GgufModel) -> tuple[str, ...]:
-    """What is not taken over exactly, in words."""
-    counts: dict[str, int] = {}
-    for weight in _matrices(model):
-        if weight.stored_type in LAYOUTS and exact_encoding(weight.stored_type) is None:
-            counts[weight.stored_type] = counts.get(weight.stored_type, 0) + 1
+def source_notes(model: Model, types: Mapping[str, str], *, keeps: bool) -> tuple[str, ...]:
+    """What a user should know of weights that come from a GGUF file, in words; nothing of a checkpoint's.
+
+    types: the encodings planned. keeps: the export keeps what the file has.
+    """
+    if not isinstance(model, GgufModel):
+        return ()
+    taken = TakenOver(model, types if keeps else {})
+    lost = [w for w in _matrices(model) if w.stored_type in LAYOUTS and w.spec.name not in taken]
+    if not keeps:
+        told = f"{len(lost)} matrices were quantized before, in the GGUF file, and are rounded a second time"
+        return (told,) if lost else ()
+    counts = Counter((w.stored_type, types.get(w.spec.name, "F32")) for w in lost)
     return tuple(
-        f"{count} {kind} tensors have minimums, which onnxruntime's operators have not: rounded to {ROUNDED}"
-        for kind, count in sorted(counts.items())
+        f"{count} {kind} matrices are not taken over as they are: rounded to {name}"
+        + (", because onnxruntime's operators have no minimums" if exact_encoding(kind) is None else "")
+        for (kind, name), count in sorted(counts.items())
     )
 
 
-def _matrices(model: GgufModel) -> Iterator[GgufWeight]:
+def _matrices(model: Model) -> Iterator[GgufWeight]:
     for weight in model.weights():
         if isinstance(weight, GgufWeight) and len(weight.spec.shape) > 1:
             yield weight
@@ -129,13 +139,17 @@ class TakenRows:
 
 
 class TakenOver(Mapping[str, TakenRows]):
-    """Canonical name -> its rows, of every matrix that is taken over exactly."""
+    """Canonical name -> its rows, of every matrix that is taken over exactly.
 
-    def __init__(self, model: GgufModel) -> None:
+    types: what is planned for each; a matrix that gets another encoding than its own is rounded like any other.
+    """
+
+    def __init__(self, model: Model, types: Mapping[str, str]) -> None:
         self._rows = {
             weight.spec.name: TakenRows(weight, encoding)
             for weight in _matrices(model)
             if (encoding := exact_encoding(weight.stored_type)) is not None
+            and types.get(weight.spec.name) == encoding.name
         }
 
     def __getitem__(self, name: str) -> TakenRows:

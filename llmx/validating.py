@@ -56,7 +56,7 @@ def validate(
     Raises: IntegrityError for a broken artifact, UsageError for one that is not there or a text that cannot be read.
     """
     from llmx.exporters import artifact as files
-    from llmx.models.model import open_model
+    from llmx.exporters.gguf_model import open_source
     from llmx.progress import stages
     from llmx.validate.case import Settings
     from llmx.validate.junit import junit
@@ -71,10 +71,13 @@ def validate(
     settings = Settings(threads=threads or available_cores(), blame=blame)
     if positions is not None:
         settings = replace(settings, positions=positions, least_positions=positions)
+    model = open_source(reference, revision) if isinstance(reference, str | Path) else reference
+    if model is not None:
+        model.checkpoint.materialize()
     with stages("validating") as stage:
         report = run_checks(
             artifact,
-            open_model(reference, revision) if isinstance(reference, str | Path) else reference,
+            model,
             against=against,
             text=None if text is None else read_text(text),
             limits=limits,

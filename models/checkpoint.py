@@ -77,6 +77,9 @@ class Checkpoint:
         """Hand the pages of these bytes back to the system."""
         self._shards[name].release(name, start, stop)
 
+    def materialize(self) -> None:
+        """Have the weights in `folder` where transformers reads them. A checkpoint's are there."""
+
     def check_unchanged(self) -> None:
         """Raises: IntegrityError naming every weight file that was rewritten since the checkpoint was opened."""
         changed = [path.name for path, stamp in self._stamps.items() if _stamp(path) != stamp]

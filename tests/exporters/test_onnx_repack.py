@@ -27,8 +27,8 @@ from llmx.exporters.onnx_repack import (
     TakenOver,
     exact_encoding,
     kept_types,
-    notes,
     repacked,
+    source_notes,
     taking_over,
 )
 from llmx.formats import ggml_packers
@@ -83,7 +83,7 @@ def _exported(model: GgufModel, folder: Path, dialect: str) -> Path:
     planned = prepare(model, taking_over(model, OnnxOptions(dialect=dialect)))
     folder.mkdir()
     files = [folder / file.name for file in planned.plan.files]
-    write(planned, files, TakenOver(model))
+    write(planned, files, TakenOver(model, planned.options.types))
     return files[0]
 
 
@@ -129,7 +129,7 @@ def test_the_stored_codes_and_scales_are_those_of_the_file(tmp_path: Path) -> No
     model = _example(tmp_path, "Q4_0")
     kinds = {weight.stored_type for weight in model.weights() if isinstance(weight, GgufWeight)}
     assert "Q4_0" in kinds
-    types, rows = kept_types(model), TakenOver(model)
+    types, rows = kept_types(model), TakenOver(model, kept_types(model))
     assert set(rows) == set(types)
     for name, made in rows.items():
         weight = model.weight(name)
@@ -142,10 +142,20 @@ def test_what_is_rounded_again_is_planned_and_told(tmp_path: Path) -> None:
     model = _example(tmp_path, "Q4_1")
     types = kept_types(model)
     assert ROUNDED in types.values()
-    assert set(TakenOver(model)) < set(types)
-    (told,) = notes(model)
-    assert "Q4_1" in told and str(sum(name not in TakenOver(model) for name in types)) in told
-    assert notes(_example(tmp_path, "Q8_0")) == ()
+    assert set(TakenOver(model, types)) < set(types)
+    (told,) = source_notes(model, types, keeps=True)
+    lost = sum(name not in TakenOver(model, types) for name in types)
+    assert told.startswith(f"{lost} Q4_1 matrices") and ROUNDED in told and "minimums" in told
+    exact = _example(tmp_path, "Q8_0")
+    assert source_notes(exact, kept_types(exact), keeps=True) == ()
+
+
+def test_a_second_rounding_is_told(tmp_path: Path) -> None:
+    model = _example(tmp_path, "Q8_0")
+    types = dict.fromkeys(kept_types(model), "int4-g32-zp-float32")
+    (told,) = source_notes(model, types, keeps=False)
+    assert "second time" in told and str(len(types)) in told
+    assert source_notes(open_model(EXAMPLE), types, keeps=False) == ()
 
 
 def test_a_checkpoint_has_nothing_to_take_over() -> None:
