@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llmx.exporters import gguf, gguf_types, quantization
+from llmx.exporters import format_types, gguf, gguf_types, quantization
 from llmx.exporters.target import Asked, WrittenTensor
 from llmx.formats.gguf import parse_size, shard_name
 from llmx.formats.imatrix import read_imatrix
@@ -31,8 +31,10 @@ class GgufFormat:
     """Files that llama.cpp loads."""
 
     name = "gguf"
+    types = format_types.GGUF
     takes = frozenset({"tensor_types", "imatrix", "split_max_size", "target_size", "target_bpw"})
     is_folder = False
+    kept_type = None
     libraries = ()
 
     def named_type(self, bits: int | None, type_name: str | None) -> str | None:

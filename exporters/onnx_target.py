@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmx.errors import RuntimeMissing, UnsupportedError, UsageError
+from llmx.exporters import format_types
+from llmx.exporters.encoding import GROUP_ENCODINGS
 from llmx.exporters.gguf_general import identify
 from llmx.exporters.onnx_genai import NO_TOKENIZER, REQUIRED
+from llmx.exporters.onnx_repack import TAKEN, TakenOver, source_notes, taking_over
+from llmx.exporters.onnx_types import BY_BITS, OnnxMix, find_mix, planned_types, wanted_types
 from llmx.exporters.target import Asked, WrittenTensor
-from llmx.formats.onnx import FLOATS, MODEL_NAME
+from llmx.formats.onnx import MODEL_NAME
 from llmx.models.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from llmx.exporters.onnx import OnnxExport, OnnxOptions
+    from llmx.exporters.onnx import OnnxExport
     from llmx.exporters.plan import Plan
     from llmx.exporters.quantization import Quantization
     from llmx.models.calibration_text import CalibrationText
@@ -32,21 +36,27 @@ SUFFIX = ".onnx"
 FOLDER_SUFFIX = "-onnx"
 PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir"}  # module -> package
 DIALECT = "ort"
+DEFAULT_BITS = 4
+SHOWN = 4
 DATA_FILE = 1  # the number of the file that holds all tensors, in the plan
-BY_BITS = {16: "F16", 32: "F32"}
 
 
 class OnnxFormat:
     """A folder that onnxruntime and onnxruntime-genai load."""
 
     name = "onnx"
+    types = format_types.ONNX
     takes = frozenset({"dialect"})
     is_folder = True
+    kept_type = TAKEN
     libraries = ("onnx", "onnx-ir")
 
     def named_type(self, bits: int | None, type_name: str | None) -> str | None:
         if type_name is not None:
-            return _known(type_name, UsageError)
+            try:
+                return _mix(type_name).name
+            except UnsupportedError as error:
+                raise UsageError(error.what, fix=error.fix) from error
         if bits is None:
             return None
         if bits not in BY_BITS:
@@ -54,7 +64,7 @@ class OnnxFormat:
         return BY_BITS[bits]
 
     def default_type(self) -> str:
-        return "F16"
+        return BY_BITS[DEFAULT_BITS]
 
     def draft(self, recipe: Recipe, asked: Asked) -> OnnxDraft:
         missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
@@ -62,51 +72,76 @@ class OnnxFormat:
             raise RuntimeMissing(
                 f"writing ONNX needs the packages {' and '.join(missing)}", fix="pip install 'llmx[onnx]'"
             )
-        from llmx.exporters.onnx import DIALECTS, OnnxOptions
+        from llmx.exporters.onnx import DIALECTS
 
         dialect = asked.dialect or DIALECT
         if dialect not in DIALECTS:
             raise UsageError(f"there is no dialect {dialect!r}", fix=f"choose one of {', '.join(sorted(DIALECTS))}")
-        return OnnxDraft(OnnxOptions(_known(recipe.type, UnsupportedError), dialect))
+        return OnnxDraft(_mix(recipe.type), dialect)
 
 
-def _known(name: str, error: type[UsageError | UnsupportedError]) -> str:
-    if name.upper() not in FLOATS:
-        raise error(f"{name} is no type of ONNX files", fix=f"for ONNX choose one of {', '.join(FLOATS)}")
-    return name.upper()
+def _mix(name: str) -> OnnxMix:
+    return OnnxMix(TAKEN, "F32") if name.upper() == TAKEN else find_mix(name)
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxDraft:
     """The options that need no model."""
 
-    options: OnnxOptions
+    mix: OnnxMix
+    dialect: str
 
     @property
     def type_name(self) -> str:
-        return self.options.type_name
+        return self.mix.name
 
     @property
     def base(self) -> str:
-        return self.options.type_name
+        return self.mix.base
 
     def planned(self, model: Model, decided: Quantization, threads: int) -> OnnxTarget:
-        from llmx.exporters.onnx import prepare
+        from llmx.exporters.onnx import OnnxOptions, prepare
 
+        ruled = {name: got.type for name, got in decided.resolved.items() if got.type is not None}
+        options = OnnxOptions(
+            type_name=self.mix.floats,
+            dialect=self.dialect,
+            types=planned_types(model.architecture, self.mix, ruled),
+            wanted=wanted_types(model.architecture, self.mix, ruled),
+            mix=self.mix.name,
+            threads=threads,
+            effort=decided.recipe.effort,
+            solver=decided.solver,
+        )
+        keeps = self.mix.name == TAKEN
+        if keeps and decided.calibrated:
+            raise UsageError(
+                "the weights of a GGUF file are taken over as they are: there is nothing to calibrate",
+                fix="leave out --method and --calibration, or choose a --type",
+            )
+        if keeps:
+            options = taking_over(model, options, ruled)
         folder = model.checkpoint.folder
         tokenizer = open_tokenizer(folder) if (folder / REQUIRED).is_file() else None
-        export = prepare(model, self.options, tokenizer)
-        if tokenizer is None:
-            export = replace(export, plan=replace(export.plan, notes=(*export.plan.notes, NO_TOKENIZER)))
-        return OnnxTarget(export, tokenizer)
+        made = OnnxTarget(prepare(model, options, tokenizer), tokenizer, keeps)
+        notes = [NO_TOKENIZER] if tokenizer is None else []
+        notes += source_notes(model, options.types, keeps=keeps)
+        if decided.calibrated and (ragged := made.ragged()):
+            notes.append(
+                f"{len(ragged)} matrices whose rows are no whole number of groups are rounded to the nearest: "
+                f"{', '.join(ragged[:SHOWN])}{', …' if len(ragged) > SHOWN else ''}"
+            )
+        plan = replace(made.plan, notes=(*made.plan.notes, *notes))
+        return replace(made, export=replace(made.export, plan=plan))
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxTarget:
-    """An Exporter over a planned ONNX export."""
+    """An Exporter over a planned ONNX export. keeps: rows come from a GGUF file as they are."""
 
     export: OnnxExport
     tokenizer: Tokenizer | None
+    keeps: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -137,7 +172,17 @@ class OnnxTarget:
         check_weights(self.export)
 
     def types_to_solve(self) -> Mapping[str, str]:
-        return {}
+        """Of whole groups: what solvers need."""
+        left = set(self.ragged())
+        return {name: kind for name, kind in self._quantized().items() if name not in left}
+
+    def ragged(self) -> list[str]:
+        """Quantized matrices whose rows end in a shorter group."""
+        cols = {spec.name: spec.shape[-1] for spec in self.model.architecture.tensors}
+        return [name for name, kind in self._quantized().items() if not GROUP_ENCODINGS[kind].solvable(cols[name])]
+
+    def _quantized(self) -> dict[str, str]:
+        return {name: kind for name, kind in self.export.options.types.items() if kind in GROUP_ENCODINGS}
 
     def within(self, nbytes: int | None, bits: float | None, text: CalibrationText | None, threads: int) -> OnnxTarget:
         raise UnsupportedError("ONNX types are not chosen by size yet", fix="leave out --target-size and --target-bpw")
@@ -146,12 +191,15 @@ class OnnxTarget:
         """Recorded anew: the graph's weights are thunks of the model."""
         from llmx.exporters.onnx import prepare
 
+        if model is self.model:
+            return self
         return replace(self, export=prepare(model, self.export.options, self.tokenizer))
 
     def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
         from llmx.exporters.onnx import write
 
-        digests = write(self.export, targets, rows)
+        kept = TakenOver(self.model, self.export.options.types) if self.keeps else rows
+        digests = write(self.export, targets, kept)
         return [
             WrittenTensor(one.name, one.shape, one.type_name, one.nbytes, DATA_FILE, offset, digest)
             for one, offset, digest in zip(self.export.stored, self.export.offsets, digests, strict=True)

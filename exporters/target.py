@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from llmx.exporters.format_types import FormatTypes
     from llmx.exporters.plan import Plan
     from llmx.exporters.quantization import Quantization
     from llmx.models.calibration_text import CalibrationText
@@ -125,13 +126,17 @@ class Draft(Protocol):
 class Format(Protocol):
     """A kind of artifact.
 
-    takes: the names of the fields of Asked that mean something for it. is_folder: the artifact is a whole folder.
-    libraries: of those whose arithmetic or writing reaches the bytes, the packages that only this format uses.
+    types: those that its tensors can have. takes: the names of the fields of Asked that mean something for it.
+    is_folder: the artifact is a whole folder. kept_type: the mix that keeps what a GGUF file has; None where the format
+    cannot hold it. libraries: of those whose arithmetic or writing reaches the bytes, the packages that only this
+    format uses.
     """
 
     name: str
+    types: FormatTypes
     takes: frozenset[str]
     is_folder: bool
+    kept_type: str | None
     libraries: tuple[str, ...]
 
     def named_type(self, bits: int | None, type_name: str | None) -> str | None:

@@ -107,24 +107,25 @@ def plan(request: ExportRequest) -> Prepared:
 def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
     """The opened model, its plan, and how it will be quantized: as asked, or as it was when the manifest was made."""
     from llmx.exporters import quantization
+    from llmx.exporters.gguf_model import open_source
     from llmx.exporters.target import Asked, find_format
-    from llmx.models.model import open_model
 
     target = find_format(request.format)
     _check_request(request, target)
+    default = _default_type(request, target)
     threads = request.threads or available_cores()
     wishes = _wishes(request, manifest)
     if manifest is None:
         named = target.named_type(request.bits, request.type_name)
-        default = target.default_type() if request.recipe is None else None
+        default = default if request.recipe is None else None
         recipe = quantization.chosen_recipe(wishes, named or default)
     else:
         recipe = rebuilding.recipe_of(manifest)
     draft = target.draft(recipe, Asked(**{name: getattr(request, name) for name in FORMAT_OPTIONS}))
-    model = open_model(request.model, request.revision)
+    model = open_source(request.model, request.revision)
     if manifest is not None:
         rebuilding.call_it_as_before(model, manifest)
-    decided = quantization.quantization(model, wishes, recipe, draft.base, threads)
+    decided = quantization.quantization(model, wishes, recipe, draft.base, threads, target.types)
     exporter = draft.planned(model, decided, threads)
     if request.target_size is not None or request.target_bpw is not None:
         exporter = _within_budget(request, exporter, decided.text, threads)
@@ -134,6 +135,17 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
             fix="leave out --method and --calibration, or choose a smaller type",
         )
     return Prepared(request, target, model, exporter, decided, threads)
+
+
+def _default_type(request: ExportRequest, target: Format) -> str:
+    """What an export that names no type makes. Raises: UsageError for a GGUF file and a format that cannot keep it."""
+    from llmx.exporters.gguf_model import is_gguf
+
+    if not is_gguf(request.model):
+        return target.default_type()
+    if target.kept_type is None:
+        raise UsageError(f"a GGUF file cannot be exported to {target.name}", where=request.model, fix="--format onnx")
+    return target.kept_type
 
 
 def _wishes(request: ExportRequest, manifest: Manifest | None) -> Wishes:
