@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What one canonical tensor gets: an encoding, a method (rtn, gptq, auto), and whether AWQ may scale it."""
+    """What one canonical tensor gets: an encoding and a method (rtn, gptq, auto).
+
+    scaled, smoothed: whether AWQ, or SmoothQuant, may scale its channels.
+    """
 
     type_name: str
     method: str
     scaled: bool = False
+    smoothed: bool = False

@@ -71,7 +71,7 @@ class Quantization:
         """What the artifact says of how its weights were changed; None where they are rounded."""
         if self.text is None:
             return None
-        return SCALED if any(got.transform == "awq" for got in self.resolved.values()) else SOLVED
+        return SCALED if any(got.transform is not None for got in self.resolved.values()) else SOLVED
 
     def to_json(self) -> dict[str, Any]:
         """The resolved copy for the report."""
@@ -204,8 +204,8 @@ def default_tokens(parameters: int) -> int:
 def _wanting(resolved: Mapping[str, Resolved]) -> list[str]:
     """Methods that some tensor is given and that cannot do without a calibration."""
     gptq = any(got.method == "gptq" for got in resolved.values())
-    awq = any(got.transform == "awq" for got in resolved.values())
-    return [name for name, wanted in (("gptq", gptq), ("awq", awq)) if wanted]
+    scaled = sorted({got.transform for got in resolved.values() if got.transform is not None})
+    return [*(["gptq"] if gptq else []), *scaled]
 
 
 def _rounds(resolved: Mapping[str, Resolved]) -> bool:
@@ -232,6 +232,8 @@ def _check(wishes: Wishes, resolved: Mapping[str, Resolved], types: FormatTypes)
         problems.append("--statistics keeps what a calibration gathers, and this export does not calibrate")
     if not types.quantizes_activations and any(got.transform == "smoothquant" for got in resolved.values()):
         problems.append(f"SmoothQuant is for formats that quantize activations; {types.name} does not")
+    if {got.transform for got in resolved.values()} >= {"awq", "smoothquant"}:
+        problems.append("AWQ and SmoothQuant scale the same channels: a recipe can have one of them")
     problems += _impossible(wishes)
     if problems:
         raise UsageError("these options do not go together", problems=problems)
@@ -281,6 +283,7 @@ def assignments(quantization: Quantization, types: Mapping[str, str]) -> dict[st
             type_name,
             quantization.resolved[name].method,
             quantization.resolved[name].transform == "awq",
+            quantization.resolved[name].transform == "smoothquant",
         )
         for name, type_name in types.items()
         if type_name in SOLVABLE and name in quantization.resolved
@@ -315,10 +318,15 @@ def calibration_of(
             "sequences": _digest(found),
             "held_out_every": HELD_OUT_EVERY,
             "effort": wanted.recipe.effort,
-            "tensors": {name: [a.type_name, a.method, a.scaled] for name, a in planned.items()},
+            "tensors": {name: _identity(a) for name, a in planned.items()},
         }
         store = StatisticsFolder(wanted.statistics, identity, wanted.device)
     return Calibration(batches(found, HELD_OUT_EVERY, wanted.device), wanted.device, store), store
+
+
+def _identity(assigned: Assignment) -> list[str | bool]:
+    """What of an assignment changes the statistics of later tensors."""
+    return [assigned.type_name, assigned.method, assigned.scaled, *(["smoothed"] if assigned.smoothed else [])]
 
 
 def _digest(found: Sequence[Sequence[int]]) -> str:

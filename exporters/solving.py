@@ -6,7 +6,7 @@ checkpoint ── walk ── matrix ── solve ── pack ── rows on dis
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from llmx.quant.calibrate import Calibration, loaded, walk
 from llmx.quant.inputs import MatrixInputs
 from llmx.quant.protocol import Floats, Grid
 from llmx.quant.scale_search import Scaling
+from llmx.quant.smooth import SmoothOptions, search_smooth
 from llmx.quant.solve import EFFORTS, Prepared, Solution, SolveOptions, solve
 from llmx.quant.statistics import Statistics
 from llmx.quant.workers import Workers, spans, workers
@@ -105,7 +106,7 @@ class Solved:
         if ragged:
             notes.append(f"{len(ragged)} matrices with a short last group a row were rounded to the nearest")
         if self.scaling is not None and self.scaling.left_alone:
-            notes.append(f"AWQ left {self.scaling.left_alone} of {len(self.scaling.choices)} groups as they are")
+            notes.append(f"{self.scaling.left_alone} of {len(self.scaling.choices)} groups were best left unscaled")
         return notes
 
 
@@ -271,20 +272,20 @@ def solve_tensors(
     effort: str,
     folder: Path,
     threads: int,
+    static: Collection[str] = (),
 ) -> Solved:
     """Solve every assigned matrix in one walk over the model; their rows are kept in `folder`.
 
-    assignments: canonical name -> what it gets. Memory: a layer in float32, its statistics, the hidden states.
+    assignments: canonical name -> what it gets. static: the matrices whose inputs will be rounded on one static scale,
+    which SmoothQuant has to know. Memory: a layer in float32, its statistics, the hidden states.
     Raises: IntegrityError where the model computes no finite values on the calibration text.
     """
     options = EFFORTS[effort]  # type: ignore[index]
     total = sum(model.weight(name).nbytes for name in assignments)
     tied = model.architecture.tied
     with workers(threads) as pool, track(total, "solving") as progress:
-        scaling = None
-        scaled = _scaled(model, assignments)
-        if scaled:
-            scaling = search_awq(model, calibration, scaled, AwqOptions(), pool)
+        scaling = _scaling(model, assignments, calibration, static, pool)
+        if scaling is not None:
             model = scaling.folds.applied(model)
         solver = MatrixSolver(assignments, options, folder, pool, progress, tied)
         if tied and "embedding.weight" in assignments:
@@ -294,9 +295,26 @@ def solve_tensors(
     return Solved(model, solver.rows, tuple(solver.lines), scaling, tokens)
 
 
-def _scaled(model: Model, assignments: Mapping[str, Assignment]) -> dict[str, Grid]:
-    """Canonical name -> grid of the matrices that AWQ may scale."""
-    wanted = {name: (encoding(a.type_name), model.weight(name).cols) for name, a in assignments.items() if a.scaled}
+def _scaling(
+    model: Model,
+    assignments: Mapping[str, Assignment],
+    calibration: Calibration,
+    static: Collection[str],
+    pool: Workers,
+) -> Scaling | None:
+    """AWQ's scales, or SmoothQuant's; None where the recipe asks for neither. It never asks for both."""
+    scaled = _grids(model, {name: a for name, a in assignments.items() if a.scaled})
+    smoothed = _grids(model, {name: a for name, a in assignments.items() if a.smoothed})
+    if scaled:
+        return search_awq(model, calibration, scaled, AwqOptions(), pool)
+    if smoothed:
+        return search_smooth(model, calibration, smoothed, SmoothOptions(static=frozenset(static)), pool)
+    return None
+
+
+def _grids(model: Model, assignments: Mapping[str, Assignment]) -> dict[str, Grid]:
+    """Canonical name -> grid of the matrices that can be scaled."""
+    wanted = {name: (encoding(a.type_name), model.weight(name).cols) for name, a in assignments.items()}
     return {name: kept.grid(cols) for name, (kept, cols) in wanted.items() if kept.solvable(cols)}
 
 

@@ -190,6 +190,13 @@ def test_all_contradictions_are_refused_at_once(decide: Callable[..., Quantizati
     assert len(caught.value.problems) == 6
 
 
+def test_awq_and_smoothquant_in_one_recipe_are_refused(decide: Callable[..., Quantization]) -> None:
+    rules = [{"roles": ["o"], "transform": "smoothquant"}]
+    with pytest.raises(UsageError, match="do not go together") as caught:
+        decide({"type": "Q4_K_M", "method": "awq", "rules": rules})
+    assert any("same channels" in problem for problem in caught.value.problems)
+
+
 def test_statistics_of_an_export_that_gathers_none_are_refused(decide: Callable[..., Quantization]) -> None:
     with pytest.raises(UsageError, match="--statistics"):
         decide({"type": "Q4_K_M", "method": "rtn"}, statistics=Path("folder"))

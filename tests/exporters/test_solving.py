@@ -19,6 +19,7 @@ from llmx import api
 from llmx.errors import IntegrityError
 from llmx.exporters import solving
 from llmx.exporters.assignment import Assignment
+from llmx.exporters.encoding import encoding
 from llmx.exporters.gguf_families import gguf_family
 from llmx.exporters.gguf_tensors import entries, restore
 from llmx.exporters.solving import MatrixSolver, solve_tensors
@@ -342,6 +343,27 @@ def test_only_what_is_assigned_is_solved(solvable: Callable[[str], Path], tmp_pa
     assert solved.lines[1].method == "rtn"
     assert solved.tokens == 8 * 64
     assert solved.scaling is None
+
+
+def test_smoothquant_folds_its_scales_before_matrices_are_solved_on_int8(
+    solvable: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = open_model(solvable("llama"))
+    ids = np.random.default_rng(0).integers(3, 512, (8, 64)).tolist()
+    names = [f"layers.0.{role}.weight" for role in ("q", "k", "v", "up", "gate", "down")]
+    given = {name: Assignment("int8-channel-pos-float32", "gptq", smoothed=True) for name in names}
+    calibration = Calibration(batches(ids, 4))
+    static = [name for name in names if "down" not in name]
+    solved = solve_tensors(model, given, calibration, "fast", tmp_path, 1, static)
+    assert solved.scaling is not None and solved.scaling.folds.scales
+    assert all("alpha" in choice.line() or "no scaling" in choice.line() for choice in solved.scaling.choices)
+    for name in names:
+        folded, kept = solved.model.weight(name).read(), encoding(given[name].type_name)
+        found = kept.decode(np.array(solved.rows[name]), folded.shape[1])
+        assert np.linalg.norm(found - folded) < 0.02 * np.linalg.norm(folded)
+    plain = {name: Assignment("int8-channel-pos-float32", "gptq") for name in names}
+    (tmp_path / "plain").mkdir()
+    assert solve_tensors(model, plain, calibration, "fast", tmp_path / "plain", 1).scaling is None
 
 
 def test_every_method_of_the_table_can_be_solved_with() -> None:
