@@ -39,26 +39,17 @@ LIBRARIES = ("xllamacpp", "llama-cpp-python", "torch", "transformers", "tokenize
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What a GGUF file, or a split set of which `path` is a part, holds: metadata, tensors, sizes.
+    """What a GGUF file, a split set of which `path` is a part, or an ONNX graph (or its folder) holds.
 
+    Metadata, tensors, sizes; of a graph, its operators too.
     Raises: UsageError when there is no such file, IntegrityError when it is broken or hostile.
     """
-    from llmx.formats.gguf import read_gguf_set
+    from llmx.validate.kinds import find_kind
 
-    if not path.is_file():
+    if not path.exists():
         raise UsageError("there is no such file", where=path)
-    file = read_gguf_set(path)
-    tensors, bits = file.tensors.values(), file.bits_per_weight
-    return {
-        "format": "gguf",
-        "version": file.version,
-        "files": [str(shard) for shard in file.paths],
-        "bytes": file.nbytes,
-        "parameters": file.weights,
-        "bits_per_weight": None if bits is None else round(bits, 4),
-        "metadata": {key: {"type": file.types[key], "value": value} for key, value in file.metadata.items()},
-        "tensors": [{"name": t.name, "shape": list(t.shape), "type": t.type_name, "bytes": t.nbytes} for t in tensors],
-    }
+    kind = find_kind(path)
+    return kind.described(kind.open(path))
 
 
 def doctor() -> dict[str, Any]:

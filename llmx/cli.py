@@ -134,15 +134,16 @@ def calibrate(as_json: bool, **chosen: Any) -> None:
     options.answer(as_json, result.to_json(), lambda: describe.calibrated(result))
 
 
-@commands.command(short_help="What a GGUF file holds.")
+@commands.command(short_help="What a GGUF file or an ONNX graph holds.")
 @click.argument("file", type=options.ANY)
 @options.json_option
 def inspect(file: Path, as_json: bool) -> None:
-    """Print the metadata, types and tensors of any GGUF FILE, split sets included.
+    """Print the metadata, types and tensors of any GGUF FILE, split sets included, or of an ONNX graph or its folder.
 
     \b
-    Example:
+    Examples:
       llmx inspect model-Q4_K_M.gguf
+      llmx inspect model-F32-onnx/
     """
     from llmx import api, describe
 

@@ -84,10 +84,19 @@ def file(found: dict[str, Any]) -> str:
     lines = [
         _table(("key", "type", "value"), metadata),
         _table(("tensor", "shape", "type", "bytes"), tensors),
-        f"GGUF version {found['version']}, {found['bytes']:,} bytes, {found['parameters']:,} parameters, "
-        f"{found['bits_per_weight']:.2f} bits per weight",
+        f"{_kind(found)}, {found['bytes']:,} bytes, {found['parameters']:,} parameters, "
+        f"{found['bits_per_weight'] or 0:.2f} bits per weight",
     ]
+    if operators := found.get("operators"):
+        lines.insert(2, _table(("operator", "nodes"), [(name, str(count)) for name, count in operators.items()]))
     return "\n".join(lines)
+
+
+def _kind(found: dict[str, Any]) -> str:
+    """The format and its version in words."""
+    if "opsets" not in found:
+        return f"GGUF version {found['version']}"
+    return f"ONNX, {', '.join(f'{domain} {version}' for domain, version in found['opsets'].items())}"
 
 
 def doctor(found: dict[str, Any]) -> str:

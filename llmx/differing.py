@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmx.errors import UnsupportedError
+from llmx.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from llmx.exporters.gguf_tensors import Entry
+    from llmx.models.model import Model, Weight
+    from llmx.validate.kinds import ArtifactKind
 
 DIFFERENT = 1  # as diff(1) has it
 TOKENIZER, MERGES, TEMPLATE = "tokenizer.", "tokenizer.ggml.merges", "tokenizer.chat_template"
@@ -132,12 +136,14 @@ class _Side:
 
 
 def diff(first: Path, second: Path) -> Differences:
-    """Compare two GGUF files, split sets (by any of their files) or checkpoint folders, tensor by tensor, streamed.
+    """Compare two artifacts of one format, or one with a checkpoint's folder, tensor by tensor, streamed.
+
+    GGUF files, split sets (by any of their files), ONNX graphs or their folders.
 
     Raises: UsageError where one is not there, IntegrityError where one is broken, UnsupportedError for a checkpoint of
     an architecture that llmx does not know.
     """
-    a, b = _open(first), _open(second)
+    a, b = _opened(first, second)
     changes = list(_changes(a.metadata, b.metadata))
     names = [*a.tensors, *(name for name in b.tensors if name not in a.tensors)]
     return Differences(
@@ -151,30 +157,78 @@ def diff(first: Path, second: Path) -> Differences:
     )
 
 
-def _open(path: Path) -> _Side:
-    return _checkpoint(path) if path.is_dir() else _file(path)
+def _opened(first: Path, second: Path) -> tuple[_Side, _Side]:
+    """Both sides. A checkpoint is compared as the float file of the other's format; two of them, as GGUF files."""
+    from llmx.validate.kinds import find_kind
+
+    kinds = [None if _is_checkpoint(path) else find_kind(path) for path in (first, second)]
+    names = {kind.name for kind in kinds if kind is not None}
+    if len(names) > 1:
+        what = "a GGUF file and an ONNX graph name and lay out their tensors otherwise"
+        raise UsageError(what, fix="see what both lost with `llmx compare`")
+    if names == {"onnx"} and None in kinds:
+        return _beside_checkpoint(first, second, kinds)
+    a, b = (
+        _checkpoint(path) if kind is None else _artifact(path, kind)
+        for path, kind in zip((first, second), kinds, strict=True)
+    )
+    return a, b
 
 
-def _file(path: Path) -> _Side:
-    from llmx.exporters.gguf_tensors import decoded_rows
-    from llmx.formats.ggml_blocks import row_bytes
-    from llmx.formats.gguf import read_gguf_set
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_dir() and (path / "config.json").is_file()
 
-    file = read_gguf_set(path)
+
+def _beside_checkpoint(first: Path, second: Path, kinds: Sequence[ArtifactKind | None]) -> tuple[_Side, _Side]:
+    """A graph and a checkpoint, both under the checkpoint's canonical names."""
+    from llmx.models.model import open_model
+
+    folder = first if kinds[0] is None else second
+    model = open_model(folder)
+    a, b = (
+        _canonical(path, model) if kind is None else _artifact(path, kind, model)
+        for path, kind in zip((first, second), kinds, strict=True)
+    )
+    return a, b
+
+
+def _canonical(folder: Path, model: Model) -> _Side:
+    """A checkpoint's own tensors; norm gains as a graph has them."""
+    from llmx.validate.kinds import kind_named
+    from llmx.validate.onnx_kind import weight_entry
+
+    onnx = kind_named("onnx")
+
+    def tensor(weight: Weight, entry: Entry) -> _Tensor:
+        return _Tensor(
+            weight.dtype,
+            weight.spec.shape,
+            lambda start, stop: onnx.source_rows(model, entry, start, stop),
+            weight.read_raw,
+            weight.release,
+        )
+
+    found = {weight.spec.name: tensor(weight, weight_entry(weight.spec, model)) for weight in model.weights()}
+    return _Side(str(folder), {}, found, model.checkpoint.nbytes)
+
+
+def _artifact(path: Path, kind: ArtifactKind, model: Model | None = None) -> _Side:
+    """model: its tensors are named as those of this one, and the metadata, which a checkpoint has not, is left out."""
+    file = kind.open(path)
+    file = file if model is None else kind.mapped(file, model.architecture)
 
     def tensor(name: str) -> _Tensor:
         stored = file.tensors[name]
-        width = row_bytes(stored.type_name, stored.shape[-1])
         return _Tensor(
             stored.type_name,
             stored.shape,
-            lambda start, stop: decoded_rows(file, name, start, stop),
-            lambda start, stop: file.bytes(name)[start * width : stop * width],
+            lambda start, stop: kind.decoded(file, name, start, stop),
+            lambda start, stop: kind.kept(file, name, start, stop),
             lambda: file.release(name),
         )
 
-    sizes = sum(shard.stat().st_size for shard in file.paths)
-    return _Side(str(path), file.metadata, {name: tensor(name) for name in file.tensors}, sizes)
+    metadata = file.metadata if model is None else {}
+    return _Side(str(path), metadata, {name: tensor(name) for name in file.tensors}, file.nbytes)
 
 
 def _checkpoint(folder: Path) -> _Side:
@@ -182,7 +236,7 @@ def _checkpoint(folder: Path) -> _Side:
     import numpy as np
 
     from llmx.exporters import gguf
-    from llmx.exporters.gguf_tensors import Entry, read_rows, release_rows
+    from llmx.exporters.gguf_tensors import read_rows, release_rows
     from llmx.exporters.gguf_types import file_type
     from llmx.models.model import open_model
     from llmx.models.tokenizer import open_tokenizer

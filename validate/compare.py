@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmx.errors import CheckFailed, LlmxError, ResourceError, RuntimeMissing, UnsupportedError
+from llmx.errors import CheckFailed, IntegrityError, LlmxError, ResourceError, RuntimeMissing, UnsupportedError
 from llmx.validate.case import PARALLEL_PARAMETERS
 from llmx.validate.charts import frontier
 from llmx.validate.kinds import Container, find_kind, kind_of
@@ -150,7 +150,7 @@ def _sized(row: Row, path: Path) -> tuple[Row, Container | None]:
         raise UnsupportedError("there is no such artifact")
     try:
         kind = find_kind(path)
-    except UnsupportedError:
+    except IntegrityError:
         return replace(row, bytes=path.stat().st_size), None
     file = kind.open(path)
     return replace(row, bytes=file.nbytes, bits_per_weight=file.bits_per_weight), file

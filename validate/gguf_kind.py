@@ -13,6 +13,7 @@ from llmx.errors import IntegrityError
 from llmx.exporters.gguf_families import gguf_family
 from llmx.exporters.gguf_metadata import DIGESTS_KEY, WRITTEN_TYPE_KEY, short_digest
 from llmx.exporters.gguf_tensors import Entry, decoded_rows, entries, read_rows, restore
+from llmx.formats.ggml_blocks import row_bytes
 from llmx.formats.gguf import GgufFile, read_gguf_set
 from llmx.models.architecture import Architecture
 from llmx.models.model import Model
@@ -21,6 +22,7 @@ from llmx.validate.case import Case
 from llmx.validate.checks_metadata import check_type
 from llmx.validate.floors import GGUF_FLOORS, Floor
 from llmx.validate.hyperparameters import differences
+from llmx.validate.kinds import sizes
 from llmx.validate.report import Check, at_most, named, not_applicable
 from llmx.validate.stock_types import stock_types
 
@@ -47,6 +49,10 @@ class GgufKind:
     def open(self, path: Path) -> GgufFile:
         return read_gguf_set(path)
 
+    def described(self, file: GgufFile) -> dict[str, Any]:
+        metadata = {key: {"type": file.types[key], "value": value} for key, value in file.metadata.items()}
+        return {**sizes(file), "version": file.version, "metadata": metadata}
+
     def mapped(self, file: GgufFile, architecture: Architecture) -> GgufFile:
         return file
 
@@ -66,6 +72,10 @@ class GgufKind:
 
     def decoded(self, file: GgufFile, name: str, start: int, stop: int) -> np.ndarray:
         return decoded_rows(file, name, start, stop)
+
+    def kept(self, file: GgufFile, name: str, start: int, stop: int) -> np.ndarray:
+        width = row_bytes(file.tensors[name].type_name, file.tensors[name].shape[-1])
+        return file.bytes(name).reshape(-1, width)[start:stop]
 
     def restored(self, file: GgufFile, model: Model, entries: Sequence[Entry]) -> dict[str, Callable[[], np.ndarray]]:
         return {**restore(file, model, tuple(entries))}

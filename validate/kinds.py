@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from llmx.errors import UnsupportedError, UsageError
+from llmx.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from llmx.exporters.gguf_tensors import Entry
@@ -86,6 +86,10 @@ class ArtifactKind(Protocol):
         """The container. Raises: IntegrityError for a broken or hostile one."""
         ...
 
+    def described(self, file: Any) -> dict[str, Any]:
+        """What `llmx inspect` tells: format, files, sizes, metadata (key -> type and value), tensors, as plain data."""
+        ...
+
     def mapped(self, file: Any, architecture: Architecture) -> Any:
         """The container with its tensors named and cut as `entries` has them."""
         ...
@@ -108,6 +112,10 @@ class ArtifactKind(Protocol):
 
     def decoded(self, file: Any, name: str, start: int, stop: int) -> np.ndarray:
         """f32[stop - start, columns]"""
+        ...
+
+    def kept(self, file: Any, name: str, start: int, stop: int) -> np.ndarray:
+        """u8[stop - start, row bytes]: rows as they are kept, see exporters/encoding.py."""
         ...
 
     def restored(self, file: Any, model: Model, entries: Sequence[Entry]) -> dict[str, Callable[[], np.ndarray]]:
@@ -174,6 +182,22 @@ class ArtifactKind(Protocol):
         ...
 
 
+def sizes(file: Container) -> dict[str, Any]:
+    """What `described` tells of every format."""
+    bits = file.bits_per_weight
+    return {
+        "format": file.format,
+        "files": [str(path) for path in file.paths],
+        "bytes": file.nbytes,
+        "parameters": file.weights,
+        "bits_per_weight": None if bits is None else round(bits, 4),
+        "tensors": [
+            {"name": t.name, "shape": list(t.shape), "type": t.type_name, "bytes": t.nbytes}
+            for t in file.tensors.values()
+        ],
+    }
+
+
 def kind_named(name: str) -> ArtifactKind:
     """The kind of that format, imported when it is asked for."""
     module, _, attribute = KINDS[name].partition(":")
@@ -186,11 +210,10 @@ def kind_of(file: Container) -> ArtifactKind:
 
 
 def find_kind(path: Path) -> ArtifactKind:
-    """The kind of a file or folder. Raises: UsageError where there is none, UnsupportedError where it is of no kind."""
+    """The kind of a file or folder. Raises: UsageError where there is none, IntegrityError where it is of no kind."""
     if not path.exists():
         raise UsageError("no such file", where=path)
     for name in KINDS:
         if (kind := kind_named(name)).recognises(path):
             return kind
-    known = ", ".join(KINDS)
-    raise UnsupportedError("this is of no format that llmx knows", where=path, fix=f"give one of: {known}")
+    raise IntegrityError("this is no GGUF file, no ONNX graph and no folder of one", where=path)

@@ -23,6 +23,7 @@ from llmx.models.model import Model
 from llmx.validate import onnx_graph
 from llmx.validate.case import Case
 from llmx.validate.floors import ONNX_F16, ONNX_F32, Floor
+from llmx.validate.kinds import sizes
 from llmx.validate.onnx_artifact import TOKENIZER, OnnxArtifact, mapped, open_onnx
 from llmx.validate.onnx_weights import pieces
 from llmx.validate.report import Check, at_most, named, not_applicable
@@ -48,6 +49,16 @@ class OnnxKind:
     def open(self, path: Path) -> OnnxArtifact:
         return open_onnx(path)
 
+    def described(self, file: OnnxArtifact) -> dict[str, Any]:
+        graph = file.file
+        return {
+            **sizes(file),
+            "producer": " ".join(graph.producer),
+            "opsets": {domain or "ai.onnx": version for domain, version in graph.opsets.items()},
+            "operators": graph.operators,
+            "metadata": {key: {"type": "str", "value": value} for key, value in file.metadata.items()},
+        }
+
     def mapped(self, file: OnnxArtifact, architecture: Architecture) -> OnnxArtifact:
         return mapped(file, architecture)
 
@@ -59,7 +70,7 @@ class OnnxKind:
         return f"{maker} names the weights of its graphs otherwise; quality and speed judge what they compute"
 
     def entries(self, file: OnnxArtifact, model: Model, vocabulary: int) -> tuple[Entry, ...]:
-        return (*(_entry(spec, model) for spec in model.architecture.tensors), *_tables(file, model))
+        return (*(weight_entry(spec, model) for spec in model.architecture.tensors), *_tables(file, model))
 
     def source_rows(self, model: Model, entry: Entry, start: int, stop: int) -> np.ndarray:
         if entry.constant is not None:
@@ -73,6 +84,9 @@ class OnnxKind:
     def decoded(self, file: OnnxArtifact, name: str, start: int, stop: int) -> np.ndarray:
         kept = file.tensors[name]
         return encoding(kept.type_name).decode(kept.rows(start, stop), kept.shape[-1])
+
+    def kept(self, file: OnnxArtifact, name: str, start: int, stop: int) -> np.ndarray:
+        return file.tensors[name].rows(start, stop)
 
     def restored(
         self, file: OnnxArtifact, model: Model, entries: Sequence[Entry]
@@ -161,7 +175,8 @@ class OnnxKind:
         return []
 
 
-def _entry(spec: TensorSpec, model: Model) -> Entry:
+def weight_entry(spec: TensorSpec, model: Model) -> Entry:
+    """What a canonical tensor is in a graph."""
     gain = spec.role in NORM_ROLES and spec.part == "weight" and model.architecture.norm_offset != 0
     quantizable = spec.part == "weight" and len(spec.shape) > 1 and spec.role not in ("router", "position_embedding")
     return Entry(spec.name, spec.role, spec.layer, spec.shape, quantizable, (Piece(spec, "gain" if gain else "none"),))

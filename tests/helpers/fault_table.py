@@ -5,12 +5,16 @@ A fault is a function from the sound file to what of it is replaced. docs/faults
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from small_llama import SMALL_LLAMA
+from stock_types import random_checkpoint
 
 from llmx.exporters import gguf_tensors
 from llmx.exporters.gguf_metadata import DIGESTS_KEY, SOLVED, SOLVER_KEY
@@ -86,6 +90,21 @@ SUBJECTS: dict[str, Subject] = {
         tokenizer="byte_bpe",
     ),
 }  # fmt: skip
+
+
+def checkpoint_for(subject: Subject, folder: Path, example: Path, tokenizer_files: Callable[[str], Any]) -> Path:
+    """The subject's checkpoint, made in `folder`."""
+    if subject.config:
+        random_checkpoint(folder, subject.config)
+    else:
+        shutil.copytree(example, folder)
+    files: dict[str, Any] = {} if subject.tokenizer is None else tokenizer_files(subject.tokenizer)
+    for name, values in subject.changes.items():
+        files[name] = {**(files[name] if name in files else json.loads((folder / name).read_text())), **values}
+    for name, content in files.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    return folder
 
 
 # Ways to plant.

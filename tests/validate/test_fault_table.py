@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -12,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_table import CHECK_FAILED, FAULTS, INTEGRITY, SUBJECTS, Fault, Subject
-from stock_types import random_checkpoint
+from fault_table import CHECK_FAILED, FAULTS, INTEGRITY, SUBJECTS, Fault, checkpoint_for
 
 from llmx import api
 from llmx.errors import LlmxError
@@ -54,21 +52,6 @@ def workers_are_ready() -> Iterator[None]:
         patch.setattr(llamacpp, "WorkerProcess", ready)
         yield
     ready.close()
-
-
-def checkpoint_for(subject: Subject, folder: Path, example: Path, tokenizer_files: Callable[[str], Any]) -> Path:
-    """The subject's checkpoint, made in `folder`."""
-    if subject.config:
-        random_checkpoint(folder, subject.config)
-    else:
-        shutil.copytree(example, folder)
-    files: dict[str, Any] = {} if subject.tokenizer is None else tokenizer_files(subject.tokenizer)
-    for name, values in subject.changes.items():
-        files[name] = {**(files[name] if name in files else json.loads((folder / name).read_text())), **values}
-    for name, content in files.items():
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).write_text(json.dumps(content))
-    return folder
 
 
 @pytest.fixture(scope="module")
