@@ -184,7 +184,7 @@ def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]
         [value for value in recorder.inputs.values() if value.uses()],
         [logits, *ops.presents.values()],
         nodes=recorder.nodes,
-        initializers=recorder.initializers,
+        initializers=[value for value in recorder.initializers if value.uses()],
         opset_imports=_opsets(dialect, recorder),
         name=architecture.family,
     )

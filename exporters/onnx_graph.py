@@ -210,12 +210,12 @@ class GraphRecorder:
         assert codes is not None and scales is not None, "every layout has codes and scales"
         return Parts(matrix, codes, scales, zeros)
 
-    def view(self, of: ir.Value, end: str, shape: tuple[int, ...]) -> ir.Value:
-        """The bytes of a stored tensor seen as u8[shape]: another tensor at the same place of the data file."""
+    def view(self, of: ir.Value, end: str, kind: ir.DataType, shape: Sequence[int]) -> ir.Value:
+        """The bytes of a stored tensor seen in another way: another tensor at the same place of the data file."""
         name = f"{of.name}.{end}"
         if name not in self._values:
             self.views[name] = str(of.name)
-            self._values[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(shape))
+            self._values[name] = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
         return self._values[name]
 
     def constant(self, values: Any, dtype: str = "int64", name: str | None = None) -> ir.Value:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from llmx.errors import UnsupportedError
 from llmx.exporters.onnx_graph import GraphRecorder, Parts
-from llmx.formats.onnx import VENDOR_DOMAIN
+from llmx.formats.onnx import COLUMNS, TABLE, VENDOR_DOMAIN
 
 # Inputs are rounded to 8 bits on their way into the kernel, each group of weights with a scale of its own: several
 # times as fast, and what is lost is small beside what 4 bits lose.
@@ -74,7 +74,7 @@ def look_up_packed(graph: GraphRecorder, indices: ir.Value, parts: Parts) -> ir.
     zeros = () if parts.zero_points is None else (parts.zero_points,)
     found = graph.node(
         "GatherBlockQuantized",
-        *(graph.view(parts.codes, "table", flat), indices, parts.scales, *zeros),
+        *(graph.view(parts.codes, TABLE, ir.DataType.UINT8, flat), indices, parts.scales, *zeros),
         domain=VENDOR_DOMAIN,
         bits=matrix.layout.bits,
         block_size=group,
@@ -97,10 +97,11 @@ def multiply_columns(graph: GraphRecorder, x: ir.Value, parts: Parts, bias: ir.V
 def look_up_columns(graph: GraphRecorder, indices: ir.Value, parts: Parts) -> ir.Value:
     """Codes, scales and zero points of the columns asked for are gathered, and these alone become floats.
 
-    Gather takes no integers below 8 bits: it gathers bytes, from which the codes are shifted.
+    Gather takes no integers below 8 bits: it gathers bytes, from which the codes are shifted. It reads views of its
+    own, because onnxruntime leaves a tied head as it is where anything else reads its parts.
     """
     columns = _Columns(graph, indices, parts.matrix.layout.bits)
-    scales = graph.node("Gather", parts.scales, indices, axis=1)
+    scales = columns.whole(parts.scales)
     codes = columns.codes(parts.codes)
     if parts.zero_points is not None:
         zeros = columns.codes(parts.zero_points)
@@ -128,16 +129,26 @@ class _Columns:
             places = graph.node("Mul", graph.node("Mod", indices, per_byte), graph.constant(bits))
             self._shifts = graph.cast(places, ir.DataType.UINT8)
 
+    def whole(self, stored: ir.Value) -> ir.Value:
+        """[lines, B, T] of a tensor [lines, columns] whose elements are whole bytes."""
+        assert stored.dtype is not None, "a stored tensor has a type"
+        found = self._graph.view(stored, COLUMNS, stored.dtype, _shape(stored))
+        return self._graph.node("Gather", found, self._indices, axis=1)
+
     def codes(self, packed: ir.Value) -> ir.Value:
         """u8[lines, B, T] of a tensor of whole numbers [lines, columns]; as they are, where they have 8 bits."""
         if self._bits == 8:
-            return self._graph.node("Gather", packed, self._indices, axis=1)
-        assert packed.shape is not None, "a stored tensor has a shape"
-        lines, columns = (int(size) for size in packed.shape)  # type: ignore[arg-type]
-        found = self._graph.view(packed, "bytes", (lines, columns * self._bits // 8))
+            return self.whole(packed)
+        lines, columns = _shape(packed)
+        found = self._graph.view(packed, COLUMNS, ir.DataType.UINT8, (lines, columns * self._bits // 8))
         found = self._graph.node("Gather", found, self._bytes, axis=1)
         found = self._graph.node("BitShift", found, self._shifts, direction="RIGHT")
         return self._graph.node("BitwiseAnd", found, self._graph.constant((1 << self._bits) - 1, "uint8"))
+
+
+def _shape(stored: ir.Value) -> list[int]:
+    assert stored.shape is not None, "a stored tensor has a shape"
+    return [int(size) for size in stored.shape]  # type: ignore[arg-type]
 
 
 def _first(graph: GraphRecorder, x: ir.Value, count: int) -> ir.Value:

@@ -18,6 +18,11 @@ NAME.zero_points, laid out for the operator that reads them:
 N outputs, K inputs; intb is uintb with zero points and signed without. Columns of less than 8 bits are filled up with
 zeros to whole bytes. Matrices with the same inputs may be one, their outputs under each other: layers.0.q+k+v.weight;
 experts are told apart by their number: layers.0.expert_gate[3]+expert_up[3].weight.
+
+A table whose rows are looked up is the same bytes under another name, so that it and a tied head are stored once:
+
+    NAME.codes.table      u8[N, bytes]          rows, for GatherBlockQuantized
+    NAME.PART.columns     as the part, but of less than 8 bits as u8[K or groups, bytes]     columns, for Gather
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ PAGE, LARGE, WORD = 1 << 16, 1 << 20, 64
 TOKENS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 PARTS = ("key", "value")
 CODES, SCALES, ZERO_POINTS = "codes", "scales", "zero_points"
+TABLE, COLUMNS = "table", "columns"  # the ends of other views of a part, for looking up rows
 TYPES_KEY = "llmx.types"  # in the graph's metadata: JSON, canonical name -> encoding, of every quantized weight
 
 

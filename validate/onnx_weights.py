@@ -21,7 +21,7 @@ import numpy as np
 from llmx.errors import IntegrityError
 from llmx.exporters.encoding import GROUP_ENCODINGS
 from llmx.formats.json_text import parse_object
-from llmx.formats.onnx import CODES, SCALES, TYPES_KEY, VENDOR_DOMAIN, ZERO_POINTS, split_name
+from llmx.formats.onnx import CODES, COLUMNS, SCALES, TABLE, TYPES_KEY, VENDOR_DOMAIN, ZERO_POINTS, split_name
 from llmx.formats.onnx_file import OnnxFile, OnnxNode, OnnxTensor
 from llmx.formats.onnx_groups import GroupLayout, pack_bits, unpack_bits
 
@@ -32,7 +32,6 @@ WHOLE: Mapping[str, tuple[int, bool]] = {
     **{"UINT2": (2, False), "INT2": (2, True), "UINT4": (4, False), "INT4": (4, True)},
     **{"UINT8": (8, False), "INT8": (8, True)},
 }
-TABLE = "table"  # the end of a view of codes as rows
 NAMES = {kept.layout: name for name, kept in GROUP_ENCODINGS.items() if "-pos" not in name}
 Rows = Callable[[int, int], np.ndarray]  # (start, stop) -> u8[stop - start, row bytes]
 
@@ -63,6 +62,8 @@ def weights_of(file: OnnxFile) -> dict[str, Kept]:
     found = {kept.name: kept for kept in whole}
     taken = {name for kept in whole for name in kept.stored}
     for tensor in file.tensors.values():
+        if tensor.name.endswith(f".{COLUMNS}"):
+            continue  # the same bytes as the part it is named after
         if tensor.name not in taken and tensor.kind in FLOATS and (tensor.file is not None or len(tensor.shape) > 1):
             found[tensor.name] = _float(file, tensor)
     order = {name: number for number, name in enumerate(file.tensors)}
@@ -92,7 +93,7 @@ def _named(file: OnnxFile) -> list[Kept]:
         if not dot or rest[:1] not in ("", ".") or stem in found:
             continue
         layout = _stated(types, stem)
-        scales, zeros = (file.tensors.get(f"{stem}.{part}") for part in (SCALES, ZERO_POINTS))
+        scales, zeros = (_stored_part(file, stem, part) for part in (SCALES, ZERO_POINTS))
         if layout is None or scales is None or scales.kind not in STORES or layout.zero_points != (zeros is not None):
             problems.append(f"{stem}: {TYPES_KEY} says {types.get(split_name(stem)[0][0])!r}, and it has other parts")
             continue
@@ -106,6 +107,11 @@ def _named(file: OnnxFile) -> list[Kept]:
     if problems:
         raise IntegrityError("the graph does not hold what it says", where=file.paths[0], problems=problems)
     return list(found.values())
+
+
+def _stored_part(file: OnnxFile, stem: str, part: str) -> OnnxTensor | None:
+    """A part under its own name, or the view of it that rows are looked up in, where nothing else reads it."""
+    return file.tensors.get(f"{stem}.{part}") or file.tensors.get(f"{stem}.{part}.{COLUMNS}")
 
 
 def _stated(types: Mapping[str, object], stem: str) -> GroupLayout | None:
