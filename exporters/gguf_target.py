@@ -16,12 +16,13 @@ from llmx.formats.imatrix import read_imatrix
 from llmx.models.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from llmx.exporters.plan import Plan
     from llmx.models.calibration_text import CalibrationText
     from llmx.models.model import Model
     from llmx.models.tokenizer import Tokenizer
+    from llmx.quant.calibrate import Calibration
     from llmx.quant.recipe import Recipe
 
 SUFFIX = ".gguf"
@@ -71,6 +72,10 @@ class GgufDraft:
     def base(self) -> str:
         return self.options.file_type.base
 
+    @property
+    def measures_inputs(self) -> bool:
+        return False
+
     def planned(self, model: Model, decided: quantization.Quantization, threads: int) -> GgufTarget:
         types = {name: got.type.upper() for name, got in decided.resolved.items() if got.type is not None}
         options = replace(self.options, types=types, solver=decided.solver, threads=threads)
@@ -109,12 +114,16 @@ class GgufTarget:
         return gguf.canonical_types(self.export)
 
     def within(self, nbytes: int | None, bits: float | None, text: CalibrationText | None, threads: int) -> GgufTarget:
-        from llmx.exporters.budget import Budget, within_budget
+        from llmx.exporters.budget import Budget
+        from llmx.exporters.gguf_budget import within_budget
 
-        planned = within_budget(self.model, self.tokenizer, self.export, Budget(nbytes, bits), text, threads)
+        planned = within_budget(self.export, self.tokenizer, Budget(nbytes, bits), text, threads)
         return replace(self, export=planned)
 
-    def with_model(self, model: Model) -> GgufTarget:
+    def static_inputs(self) -> Collection[str]:
+        return ()
+
+    def calibrated(self, model: Model, calibration: Calibration, threads: int) -> GgufTarget:
         return replace(self, export=replace(self.export, model=model))
 
     def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
