@@ -38,11 +38,11 @@ GRAPH, COSTS = "model.onnx", "costs.json"
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """What one run of the builder made, and its cost."""
+    """A folder with a graph, and what it cost to make where that is known."""
 
     name: str
     folder: Path
-    cost: Cost
+    cost: Cost | None = None
 
     @property
     def graph(self) -> Path:
@@ -58,8 +58,8 @@ def package_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.name.startswith(GRAPH))
 
 
-def build(model: Path, variant: str, folder: Path, threads: int = 0, python: str = sys.executable) -> Package:
-    """Let the builder make a package of a variant in a folder. threads: cores it may use, 0 for all. Raises: NotRun."""
+def build(model: Path, variant: str, folder: Path, threads: int = 0, python: str = sys.executable) -> Cost:
+    """What the builder took to make a variant in a folder. threads: cores it may use, 0 for all. Raises: NotRun."""
     precision, extra = VARIANTS[variant]
     os.environ.update(OFFLINE)
     with tempfile.TemporaryDirectory() as cache:
@@ -68,7 +68,7 @@ def build(model: Path, variant: str, folder: Path, threads: int = 0, python: str
         cost = stock.measured(command, threads)
     if not (folder / GRAPH).is_file():
         raise NotRun(f"the builder left no {GRAPH} for {variant}")
-    return Package(variant, folder, cost)
+    return cost
 
 
 def kept(model: Path, variant: str, under: Path, threads: int = 0, python: str = sys.executable) -> Package:
@@ -78,14 +78,15 @@ def kept(model: Path, variant: str, under: Path, threads: int = 0, python: str =
     if told.is_file():
         return Package(variant, folder, Cost(**json.loads(told.read_text(encoding="utf-8"))))
     shutil.rmtree(folder, ignore_errors=True)
-    package = build(model, variant, folder, threads, python)
-    told.write_text(json.dumps(asdict(package.cost)), encoding="utf-8")
-    return package
+    cost = build(model, variant, folder, threads, python)
+    told.write_text(json.dumps(asdict(cost)), encoding="utf-8")
+    return Package(variant, folder, cost)
 
 
 def row(model: str, package: Package) -> str:
+    start = f"{model:18} {package.name:14} {package.nbytes:12,}"
     cost = package.cost
-    return f"{model:18} {package.name:14} {package.nbytes:12,} {cost.wall:7.1f} {cost.cpu:7.1f} {cost.peak:8.0f}"
+    return start if cost is None else f"{start} {cost.wall:7.1f} {cost.cpu:7.1f} {cost.peak:8.0f}"
 
 
 HEADER = f"{'model':18} {'variant':14} {'bytes':>12} {'wall s':>7} {'CPU s':>7} {'peak MB':>8}"
