@@ -69,7 +69,8 @@ def taking_over(model: Model, options: OnnxOptions, ruled: Mapping[str, str] | N
     """
     if not isinstance(model, GgufModel):
         raise UsageError(f"the type {TAKEN} keeps what a GGUF file has, and this is none", fix="choose another --type")
-    return replace(options, type_name="F32", types={**kept_types(model), **(ruled or {})}, mix=mix_name(model))
+    types = {**kept_types(model), **(ruled or {})}
+    return replace(options, type_name="F32", types=types, wanted={}, mix=mix_name(model))
 
 
 def mix_name(model: GgufModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnx", reason="the package onnx is not installed: pip install 'llmx[onnx]'")
 pytest.importorskip("onnx_ir", reason="the package onnx-ir is not installed: pip install 'llmx[onnx]'")
 
+from commands import Done
 from family_cases import CASES, kl, random_tokens, save
 from gguf_cases import FAMILIES, gguf_of
 
@@ -169,3 +171,44 @@ def _example(tmp_path: Path, type_name: str) -> GgufModel:
     path = tmp_path / f"{type_name}.gguf"
     gguf.write(export, [path])
     return open_gguf_model(path)
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@needs_runtime
+def test_an_exported_file_is_judged_against_its_own_weights_and_passes(
+    here: Callable[..., Done], tmp_path: Path
+) -> None:
+    path = _example(tmp_path, "Q4_0").gguf.file.paths[0]
+    done = here("export", path, "--format", "onnx", "-o", tmp_path / "out", "--positions", 64, "--json")
+    assert done.code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["type"] == "Q4_0" and told["passed"] and told["fall_backs"] == []
+    checks = {check["name"]: check for check in json.loads((tmp_path / "out" / "report.json").read_text())["checks"]}
+    assert checks["conversion.kl"]["value"] < MAX_KL
+    assert checks["tokens.ids"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--format", "gguf"), "--format onnx"),
+        (("--format", "onnx", "--method", "gptq"), "nothing to calibrate"),
+        (("--format", "onnx", "--revision", "main"), "hub revision"),
+    ],
+)
+def test_what_cannot_be_done_with_a_file_is_told_before_anything_is_written(
+    arguments: tuple[str, ...], said: str, here: Callable[..., Done], tmp_path: Path
+) -> None:
+    path = _example(tmp_path, "Q8_0").gguf.file.paths[0]
+    done = here("export", path, *arguments, "-o", tmp_path / "out")
+    assert done.code == 2 and said in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_type_of_the_users_choice_rounds_the_decoded_weights(here: Callable[..., Done], tmp_path: Path) -> None:
+    path = _example(tmp_path, "Q8_0").gguf.file.paths[0]
+    done = here("plan", path, "--format", "onnx", "--type", "INT4", "--method", "rtn", "--json")
+    assert done.code == 0, done.stderr
+    assert any("second time" in note for note in json.loads(done.stdout)["notes"])
