@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmx.errors import UnsupportedError
 from llmx.exporters.encoding import GROUP_ENCODINGS, group_names
 from llmx.exporters.gguf_types import WRITABLE_TYPES
 from llmx.formats.ggml_blocks import BLOCKS
@@ -30,13 +29,6 @@ class FormatTypes:
         """The type of this name, in any case, as it is spelt here; None where there is none."""
         wanted = type_name.lower()
         return next((name for name in self.types if name.lower() == wanted), None)
-
-    def spelt(self, type_name: str) -> str:
-        """The type of this name, in any case. Raises: UnsupportedError, with the types there are."""
-        found = self.find(type_name)
-        if found is None:
-            raise UnsupportedError(f"{type_name} is no type of {self.name} tensors", fix=f"one of {self.choices}")
-        return found
 
     @property
     def choices(self) -> str:

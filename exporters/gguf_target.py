@@ -47,7 +47,7 @@ class GgufFormat:
         return "Q4_K_M"
 
     def draft(self, recipe: Recipe, asked: Asked) -> GgufDraft:
-        chosen = quantization.file_type_of(recipe)
+        chosen = gguf_types.recipe_type(recipe.type)
         options = gguf.GgufOptions(
             file_type=chosen,
             overrides=gguf_types.parse_overrides(asked.tensor_types),

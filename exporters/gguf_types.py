@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llmx.errors import UsageError
+from llmx.errors import UnsupportedError, UsageError
 from llmx.formats.ggml_blocks import BLOCKS
 
 
@@ -249,6 +249,19 @@ def file_type(name: str) -> FileType:
     if found is None:
         raise UsageError(f"there is no GGUF type {name!r}", fix=f"choose one of {', '.join(FILE_TYPES)}")
     return found
+
+
+def recipe_type(name: str) -> FileType:
+    """The mix of a recipe that says this type, in any case. A single block type is a mix of itself.
+
+    Raises: UnsupportedError for a grid that GGUF files do not have.
+    """
+    upper = name.upper()
+    if upper in FILE_TYPES:
+        return FILE_TYPES[upper]
+    if upper in WRITABLE_TYPES:
+        return FileType(upper, FILE_TYPES.get(f"{upper}_S", FILE_TYPES["Q4_K_S"]).id, upper)
+    raise UnsupportedError(f"{name} is no type of GGUF files", fix=f"for GGUF choose one of {', '.join(FILE_TYPES)}")
 
 
 def file_type_of_bits(bits: int) -> FileType:

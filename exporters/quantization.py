@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmx.errors import UnsupportedError, UsageError
-from llmx.exporters import format_types
 from llmx.exporters.assignment import Assignment
 from llmx.exporters.encoding import SOLVABLE
 from llmx.exporters.format_types import FormatTypes
 from llmx.exporters.gguf_metadata import SCALED, SOLVED
-from llmx.exporters.gguf_types import FILE_TYPES, WRITABLE_TYPES, FileType
 from llmx.exporters.recipe_file import find_recipe
 from llmx.models.calibration_text import CalibrationText, read_calibration, sequences
 from llmx.models.model import Model
-from llmx.quant.grid import GRIDS
 from llmx.quant.protocol import EFFORTS
 from llmx.quant.recipe import CalibrationSettings, Recipe, Resolved, Tensor, idle_rules, resolve
 
@@ -105,9 +102,14 @@ class Wishes:
 def chosen_recipe(wishes: Wishes, type_name: str | None) -> Recipe:
     """The recipe asked for, with what the command line says over it.
 
-    type_name: of --type or --bits. Raises: UsageError for an unknown recipe, method or effort, or two types.
+    type_name: of --type or --bits, or the format's own; None only where the recipe says it. Raises: UsageError for an
+    unknown recipe, method or effort, or two types.
     """
-    recipe = find_recipe(wishes.recipe) if wishes.recipe is not None else Recipe("command line", type_name or "Q4_K_M")
+    if wishes.recipe is not None:
+        recipe = find_recipe(wishes.recipe)
+    else:
+        assert type_name is not None, "without a recipe there is a type"
+        recipe = Recipe("command line", type_name)
     if wishes.recipe is not None and type_name is not None and type_name != recipe.type:
         raise UsageError(
             f"the recipe makes {recipe.type}, --type or --bits asks for {type_name}", fix="give one of them"
@@ -123,23 +125,8 @@ def chosen_recipe(wishes: Wishes, type_name: str | None) -> Recipe:
     return replace(recipe, **changed)
 
 
-def file_type_of(recipe: Recipe) -> FileType:
-    """The mix of a recipe. A single block type is a mix of itself.
-
-    Raises: UnsupportedError for a grid that GGUF files do not have.
-    """
-    name = recipe.type.upper()
-    if name in FILE_TYPES:
-        return FILE_TYPES[name]
-    if name in GRIDS and name in WRITABLE_TYPES:
-        return FileType(name, FILE_TYPES.get(f"{name}_S", FILE_TYPES["Q4_K_S"]).id, name)
-    raise UnsupportedError(
-        f"{recipe.type} is no type of GGUF files", fix=f"for GGUF choose one of {', '.join(FILE_TYPES)}"
-    )
-
-
 def quantization(
-    model: Model, wishes: Wishes, recipe: Recipe, base: str, threads: int, types: FormatTypes = format_types.GGUF
+    model: Model, wishes: Wishes, recipe: Recipe, base: str, threads: int, types: FormatTypes
 ) -> Quantization:
     """Decide what each tensor gets and what is read for it. base: the mix's base type. types: those of the format.
 

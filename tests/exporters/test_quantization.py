@@ -14,6 +14,8 @@ from llmx import api
 from llmx.errors import IntegrityError, LlmxError, UnsupportedError, UsageError
 from llmx.exporters import quantization
 from llmx.exporters.assignment import Assignment
+from llmx.exporters.format_types import GGUF, ONNX, FormatTypes
+from llmx.exporters.gguf_types import recipe_type
 from llmx.exporters.quantization import (
     FEWEST_TOKENS,
     MOST_TOKENS,
@@ -23,7 +25,6 @@ from llmx.exporters.quantization import (
     calibration_of,
     chosen_recipe,
     default_tokens,
-    file_type_of,
     to_measure,
 )
 from llmx.formats.gguf import read_gguf
@@ -46,13 +47,16 @@ rules:
 
 @pytest.fixture
 def decide(solvable: Callable[[str], Path]) -> Callable[..., Quantization]:
-    """decide(recipe as plain data, **wishes): for the small llama."""
+    """decide(recipe as plain data, base=, types=, **wishes): for the small llama, of GGUF files if nothing is said."""
 
-    def run(plain: dict[str, Any], threads: int = 2, **wishes: Any) -> Quantization:
+    def run(
+        plain: dict[str, Any], threads: int = 2, base: str = "", types: FormatTypes = GGUF, **wishes: Any
+    ) -> Quantization:
         recipe = from_data(plain)
         asked = Wishes(**wishes)
         model = open_model(solvable("llama"))
-        return quantization.quantization(model, asked, recipe, file_type_of(recipe).base, threads)
+        base = base or recipe_type(recipe.type).base
+        return quantization.quantization(model, asked, recipe, base, threads, types)
 
     return run
 
@@ -231,15 +235,15 @@ def test_the_command_line_speaks_over_the_recipe_and_does_not_contradict_it(tmp_
     with pytest.raises(UsageError, match=r"Q4_K_M, .*Q6_K"):
         chosen_recipe(asked, "Q6_K")
     with pytest.raises(UsageError, match="magic"):
-        chosen_recipe(Wishes(method="magic"), None)
+        chosen_recipe(Wishes(method="magic"), "Q4_K_M")
 
 
 def test_a_recipe_may_name_a_mix_or_a_single_block_type_of_gguf_files() -> None:
-    assert file_type_of(Recipe("r", "q4_k_m")).name == "Q4_K_M"
-    assert file_type_of(Recipe("r", "Q3_K")).base == "Q3_K" and file_type_of(Recipe("r", "Q3_K")).rules == ()
+    assert recipe_type("q4_k_m").name == "Q4_K_M"
+    assert recipe_type("Q3_K").base == "Q3_K" and recipe_type("Q3_K").rules == ()
     for name in ("int4-g128-sym", "MXFP4", "nvfp4", "Q9"):
         with pytest.raises(UnsupportedError, match="Q4_K_M"):
-            file_type_of(Recipe("r", name))
+            recipe_type(name)
 
 
 @pytest.mark.parametrize("name", ["int4-g128-sym", "Q4_K_M", "MXFP4"])
@@ -382,6 +386,50 @@ def test_every_tenth_sequence_is_held_out_and_the_device_is_the_one_asked_for(
     }
     total = counts[False] + counts[True]
     assert counts[True] == total // quantization.HELD_OUT_EVERY > 0
+
+
+# Other formats.
+
+
+def test_rules_name_the_types_of_the_format(decide: Callable[..., Quantization]) -> None:
+    rules = [{"roles": ["v"], "type": "INT8-g32-sym-Float32"}, {"roles": ["o"], "type": "f16", "method": "rtn"}]
+    plain = {"type": "int4-g128-sym", "method": "awq", "rules": rules}
+    found = decide(plain, base="int4-g128-sym", types=ONNX)
+    assert found.resolved["layers.0.v.weight"].type == "int8-g32-sym-float32"
+    assert found.resolved["layers.1.o.weight"].type == "F16"
+    assert found.resolved["layers.1.up.weight"].type is None and found.calibrated
+    planned = {
+        "layers.0.v.weight": "int8-g32-sym-float32",
+        "layers.0.o.weight": "F16",
+        "layers.0.up.weight": "int4-g128-sym",
+    }
+    assert assignments(found, planned) == {
+        "layers.0.v.weight": Assignment("int8-g32-sym-float32", "rtn", True),
+        "layers.0.up.weight": Assignment("int4-g128-sym", "rtn", True),
+    }
+    with pytest.raises(UnsupportedError, match=r"no types of ONNX tensors: Q4_K[\s\S]*int\{2\|4\|8\}"):
+        decide({**plain, "rules": [{"roles": ["v"], "type": "Q4_K"}]}, base="int4-g128-sym", types=ONNX)
+
+
+def test_smoothquant_is_for_formats_that_round_activations(decide: Callable[..., Quantization]) -> None:
+    plain = {"type": "int8-channel-sym", "method": "rtn", "transform": "smoothquant"}
+    assert decide(plain, base="int8-channel-sym", types=ONNX).calibrated
+    with pytest.raises(UsageError) as caught:
+        decide({**plain, "type": "Q8_0"})
+    assert any("GGUF does not" in problem for problem in caught.value.problems)
+
+
+def test_the_bits_of_a_format_s_own_types_decide_whether_to_calibrate(decide: Callable[..., Quantization]) -> None:
+    assert decide({"type": "INT4"}, base="int4-g32-zp-float32", types=ONNX).calibrated
+    for base, words in (("int8-g32-sym-float32", "8-bit weights are rounded"), ("F16", None)):
+        found = decide({"type": "x"}, base=base, types=ONNX)
+        assert not found.calibrated and [words in note for note in found.notes if words] == [True] * bool(words)
+
+
+def test_a_format_s_types_are_found_in_any_case() -> None:
+    assert GGUF.find("q4_k") == "Q4_K" and ONNX.find("Int4-G32-SYM") == "int4-g32-sym"
+    assert ONNX.find("Q4_K") is None and ONNX.bits("F16") == 16 and ONNX.bits("int4-g32-sym-float32") == 5
+    assert "Q4_K" in GGUF.choices and "int{2|4|8}" in ONNX.choices
 
 
 # Budgets.
