@@ -20,11 +20,10 @@ import numpy as np
 
 from llmx.exporters.onnx_genai import CONFIG_NAME
 from llmx.formats.json_text import read_object
-from llmx.formats.onnx import split_name
 from llmx.formats.onnx_file import OnnxFile
 from llmx.formats.onnx_reader import read_onnx
 from llmx.models.architecture import Architecture, TensorSpec
-from llmx.validate.onnx_weights import FLOATS, Kept, released, weights_of
+from llmx.validate.onnx_weights import FLOATS, Kept, names_in, released, weights_of
 
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 TEMPLATE_BYTES = 1 << 20
@@ -161,7 +160,7 @@ class _Segment:
 
 def _segments(kept: Kept, specs: Mapping[str, TensorSpec]) -> list[_Segment]:
     """The canonical tensors in a stored one; none where it is not what its name says."""
-    names = [(name, None) for name in _alternating(kept.name)] or split_name(kept.name)
+    names = [(name, None) for name in _alternating(kept.name)] or names_in(kept.name)
     found = [(specs[name], expert) for name, expert in names if name in specs]
     if len(found) < len(names):
         return []

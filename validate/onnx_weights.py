@@ -95,7 +95,7 @@ def _named(file: OnnxFile) -> list[Kept]:
         layout = _stated(types, stem)
         scales, zeros = (_stored_part(file, stem, part) for part in (SCALES, ZERO_POINTS))
         if layout is None or scales is None or scales.kind not in STORES or layout.zero_points != (zeros is not None):
-            problems.append(f"{stem}: {TYPES_KEY} says {types.get(split_name(stem)[0][0])!r}, and it has other parts")
+            problems.append(f"{stem}: {TYPES_KEY} says {types.get(names_in(stem)[0][0])!r}, and it has other parts")
             continue
         parts = _Parts(tensor, scales, zeros)
         by_rows = len(tensor.shape) == 3 or rest == f".{TABLE}"
@@ -114,9 +114,17 @@ def _stored_part(file: OnnxFile, stem: str, part: str) -> OnnxTensor | None:
     return file.tensors.get(f"{stem}.{part}") or file.tensors.get(f"{stem}.{part}.{COLUMNS}")
 
 
+def names_in(stored: str) -> list[tuple[str, int | None]]:
+    """(canonical name, expert) of each tensor in a stored one; of a name that is none of llmx's, itself."""
+    try:
+        return split_name(stored) if "." in stored else [(stored, None)]
+    except ValueError:  # what stands in brackets is no number
+        return [(stored, None)]
+
+
 def _stated(types: Mapping[str, object], stem: str) -> GroupLayout | None:
     """The layout that the metadata gives the first of the tensors in one; None for none that there is."""
-    name = types.get(split_name(stem)[0][0])
+    name = types.get(names_in(stem)[0][0])
     kept = GROUP_ENCODINGS.get(name) if isinstance(name, str) else None
     return None if kept is None else kept.layout
 
