@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ def input_scales(model: Model, calibration: Calibration, workers: Workers) -> Ma
     names = static_names(model.architecture)
     with track(sum(model.weight(name).nbytes for name in names), "measuring activations") as progress:
         seen = _Scales(frozenset(names), progress)
-        walk(model, calibration, seen, workers)
+        walk(model, replace(calibration, store=None), seen, workers)
     return seen.found
 
 

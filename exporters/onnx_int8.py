@@ -27,6 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmx.exporters.onnx_graph import GraphRecorder, Parts
+from llmx.formats.onnx import INPUT_SCALE, INPUT_ZERO_POINT
 from llmx.quant.activations import UNIT, InputScale
 
 
@@ -61,8 +62,8 @@ def look_up_channels(graph: GraphRecorder, indices: ir.Value, parts: Parts) -> i
 
 def _static(graph: GraphRecorder, x: ir.Value, scale: InputScale, name: str) -> ir.Value:
     """Constants with names of their own: equal ones stay apart, so a plan knows their bytes before their values."""
-    step = graph.constant(scale.scale, "float32", f"{name}.input_scale")
-    return _rounded(graph, x, step, graph.constant(scale.zero_point, "uint8", f"{name}.input_zero_point"))
+    step = graph.constant(scale.scale, "float32", name + INPUT_SCALE)
+    return _rounded(graph, x, step, graph.constant(scale.zero_point, "uint8", name + INPUT_ZERO_POINT))
 
 
 def _rounded(graph: GraphRecorder, x: ir.Value, step: ir.Value, zero: ir.Value) -> ir.Value:

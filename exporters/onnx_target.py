@@ -13,13 +13,13 @@ from llmx.exporters.encoding import GROUP_ENCODINGS
 from llmx.exporters.gguf_general import identify
 from llmx.exporters.onnx_genai import NO_TOKENIZER, REQUIRED
 from llmx.exporters.onnx_repack import TAKEN, TakenOver, source_notes, taking_over
-from llmx.exporters.onnx_types import BY_BITS, OnnxMix, find_mix, planned_types, wanted_types
+from llmx.exporters.onnx_types import BY_BITS, OnnxMix, find_mix, planned_scales, planned_types, wanted_types
 from llmx.exporters.target import Asked, WrittenTensor
 from llmx.formats.onnx import MODEL_NAME
 from llmx.models.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llmx.models.calibration_text import CalibrationText
     from llmx.models.model import Model
     from llmx.models.tokenizer import Tokenizer
+    from llmx.quant.calibrate import Calibration
     from llmx.quant.recipe import Recipe
 
 SUFFIX = ".onnx"
@@ -46,7 +47,7 @@ class OnnxFormat:
 
     name = "onnx"
     types = format_types.ONNX
-    takes = frozenset({"dialect"})
+    takes = frozenset({"dialect", "target_size", "target_bpw"})
     is_folder = True
     kept_type = TAKEN
     libraries = ("onnx", "onnx-ir")
@@ -99,6 +100,10 @@ class OnnxDraft:
     def base(self) -> str:
         return self.mix.base
 
+    @property
+    def measures_inputs(self) -> bool:
+        return self.mix.static
+
     def planned(self, model: Model, decided: Quantization, threads: int) -> OnnxTarget:
         from llmx.exporters.onnx import OnnxOptions, prepare
 
@@ -112,6 +117,7 @@ class OnnxDraft:
             threads=threads,
             effort=decided.recipe.effort,
             solver=decided.solver,
+            scales=planned_scales(model.architecture, self.mix),
         )
         keeps = self.mix.name == TAKEN
         if keeps and decided.calibrated:
@@ -123,7 +129,7 @@ class OnnxDraft:
             options = taking_over(model, options, ruled)
         folder = model.checkpoint.folder
         tokenizer = open_tokenizer(folder) if (folder / REQUIRED).is_file() else None
-        made = OnnxTarget(prepare(model, options, tokenizer), tokenizer, keeps)
+        made = OnnxTarget(prepare(model, options, tokenizer), tokenizer, keeps, frozenset(ruled))
         notes = [NO_TOKENIZER] if tokenizer is None else []
         notes += source_notes(model, options.types, keeps=keeps)
         if decided.calibrated and (ragged := made.ragged()):
@@ -137,11 +143,15 @@ class OnnxDraft:
 
 @dataclass(frozen=True, slots=True)
 class OnnxTarget:
-    """An Exporter over a planned ONNX export. keeps: rows come from a GGUF file as they are."""
+    """An Exporter over a planned ONNX export. keeps: rows come from a GGUF file as they are.
+
+    ruled: canonical names of the matrices whose types the recipe's rules gave.
+    """
 
     export: OnnxExport
     tokenizer: Tokenizer | None
     keeps: bool = False
+    ruled: frozenset[str] = frozenset()
 
     @property
     def plan(self) -> Plan:
@@ -185,15 +195,34 @@ class OnnxTarget:
         return {name: kind for name, kind in self.export.options.types.items() if kind in GROUP_ENCODINGS}
 
     def within(self, nbytes: int | None, bits: float | None, text: CalibrationText | None, threads: int) -> OnnxTarget:
-        raise UnsupportedError("ONNX types are not chosen by size yet", fix="leave out --target-size and --target-bpw")
+        from llmx.exporters.budget import Budget
+        from llmx.exporters.onnx_budget import within_budget
 
-    def with_model(self, model: Model) -> OnnxTarget:
-        """Recorded anew: the graph's weights are thunks of the model."""
+        if self.keeps:
+            raise UsageError(
+                "the weights of a GGUF file are taken over as they are, whatever they take",
+                fix="leave out --target-size and --target-bpw, or choose a --type",
+            )
+        planned = within_budget(self.export, self.tokenizer, Budget(nbytes, bits), text, threads, fixed=self.ruled)
+        said = [note for note in self.plan.notes if note not in planned.plan.notes]
+        return replace(self, export=replace(planned, plan=replace(planned.plan, notes=(*planned.plan.notes, *said))))
+
+    def static_inputs(self) -> Collection[str]:
+        return self.export.options.scales.keys()
+
+    def calibrated(self, model: Model, calibration: Calibration, threads: int) -> OnnxTarget:
+        """Recorded anew: the graph's weights are thunks of the model, and it holds the measured scales."""
         from llmx.exporters.onnx import prepare
+        from llmx.exporters.onnx_activations import input_scales
+        from llmx.quant.workers import workers
 
-        if model is self.model:
+        options = self.export.options
+        if options.scales:
+            with workers(threads) as pool:
+                options = replace(options, scales=input_scales(model, calibration, pool))
+        elif model is self.model:
             return self
-        return replace(self, export=prepare(model, self.export.options, self.tokenizer))
+        return replace(self, export=prepare(model, options, self.tokenizer))
 
     def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
         from llmx.exporters.onnx import write

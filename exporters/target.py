@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmx.exporters.quantization import Quantization
     from llmx.models.calibration_text import CalibrationText
     from llmx.models.model import Model
+    from llmx.quant.calibrate import Calibration
     from llmx.quant.recipe import Recipe
 
 ENTRY_POINTS = "llmx.exporters"
@@ -93,8 +94,12 @@ class Exporter(Protocol):
         """
         ...
 
-    def with_model(self, model: Model) -> Exporter:
-        """The same export of changed weights."""
+    def static_inputs(self) -> Collection[str]:
+        """Canonical names of the matrices whose inputs are rounded on scales that a calibration measures."""
+        ...
+
+    def calibrated(self, model: Model, calibration: Calibration, threads: int) -> Exporter:
+        """The same export of changed weights, with whatever it has to know of their inputs."""
         ...
 
     def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
@@ -110,13 +115,19 @@ class Exporter(Protocol):
 
 
 class Draft(Protocol):
-    """What is made, before the model is opened. base: the type whose bits the most weights have."""
+    """What is made, before the model is opened. base: the type whose bits the most weights have.
+
+    measures_inputs: there is no such export without a calibration.
+    """
 
     @property
     def type_name(self) -> str: ...
 
     @property
     def base(self) -> str: ...
+
+    @property
+    def measures_inputs(self) -> bool: ...
 
     def planned(self, model: Model, decided: Quantization, threads: int) -> Exporter:
         """Plan the export of a model. Raises: UnsupportedError, IntegrityError, UsageError as the format needs."""

@@ -48,6 +48,8 @@ TOKENS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids",
 PARTS = ("key", "value")
 CODES, SCALES, ZERO_POINTS = "codes", "scales", "zero_points"
 TABLE, COLUMNS = "table", "columns"  # the ends of other views of a part, for looking up rows
+# Of the inputs of a matrix that are rounded to 8 bits on one scale: constants of the graph, named after the matrix.
+INPUT_SCALE, INPUT_ZERO_POINT = ".input_scale", ".input_zero_point"
 TYPES_KEY = "llmx.types"  # in the graph's metadata: JSON, canonical name -> encoding, of every quantized weight
 
 

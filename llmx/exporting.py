@@ -145,10 +145,19 @@ def _written(prepared: Prepared, partial: list[Path]) -> tuple[list[WrittenTenso
     calibration, store = calibration_of(prepared.model, prepared.quantization, planned)
     with tempfile.TemporaryDirectory(prefix="solved-", dir=partial[0].parent) as folder:
         effort = prepared.quantization.recipe.effort
-        solved = solve_tensors(prepared.model, planned, calibration, effort, Path(folder), prepared.threads)
+        solved = solve_tensors(
+            prepared.model,
+            planned,
+            calibration,
+            effort,
+            Path(folder),
+            prepared.threads,
+            prepared.exporter.static_inputs(),
+        )
         if store is not None:
             store.finish()
-        return _write(prepared.exporter.with_model(solved.model), partial, solved), solved
+        exporter = prepared.exporter.calibrated(solved.model, calibration, prepared.threads)
+        return _write(exporter, partial, solved), solved
 
 
 def _write(exporter: Exporter, partial: list[Path], solved: Solved | None) -> list[WrittenTensor]:

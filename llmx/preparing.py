@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmx.exporters.target import Exporter, Format
     from llmx.models.calibration_text import CalibrationText
     from llmx.models.model import Model
+    from llmx.quant.recipe import Recipe
     from llmx.validate.case import Limits
 
 # What only some formats take: field of the request, and of Asked -> its option.
@@ -122,6 +123,8 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
     else:
         recipe = rebuilding.recipe_of(manifest)
     draft = target.draft(recipe, Asked(**{name: getattr(request, name) for name in FORMAT_OPTIONS}))
+    if draft.measures_inputs:
+        wishes, recipe = _measuring(wishes, recipe)
     model = open_source(request.model, request.revision)
     if manifest is not None:
         rebuilding.call_it_as_before(model, manifest)
@@ -135,6 +138,12 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
             fix="leave out --method and --calibration, or choose a smaller type",
         )
     return Prepared(request, target, model, exporter, decided, threads)
+
+
+def _measuring(wishes: Wishes, recipe: Recipe) -> tuple[Wishes, Recipe]:
+    """With a calibration in any case, which is for inputs: weights of 8 bits gain nothing from being solved."""
+    rounds = recipe.method == "auto"
+    return replace(wishes, calibrate=True), replace(recipe, method="rtn") if rounds else recipe
 
 
 def _default_type(request: ExportRequest, target: Format) -> str:

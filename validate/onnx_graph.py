@@ -7,7 +7,7 @@ recorded again, with the types that the artifact's weights have, and the two are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -19,10 +19,11 @@ from llmx.exporters.onnx import DIALECTS, OnnxOptions, record
 from llmx.exporters.onnx_genai import CONFIG_NAME, configuration
 from llmx.exporters.onnx_graph import Stored
 from llmx.formats.json_text import parse_object
-from llmx.formats.onnx import TYPES_KEY
+from llmx.formats.onnx import INPUT_SCALE, INPUT_ZERO_POINT, TYPES_KEY
 from llmx.formats.onnx_file import OnnxFile
 from llmx.models.model import Model
 from llmx.models.tokenizer import open_tokenizer
+from llmx.quant.activations import InputScale
 from llmx.validate.onnx_artifact import OnnxArtifact
 
 CLOSE = 1e-6  # relative: attributes are float32
@@ -47,7 +48,27 @@ def options_of(artifact: OnnxArtifact) -> OnnxOptions:
     """What the exporter was told, as far as the artifact shows it."""
     halves = any(kept.type_name == "F16" for kept in artifact.tensors.values())
     types = parse_object(artifact.metadata.get(TYPES_KEY, "{}"), TYPES_KEY)
-    return OnnxOptions("F16" if halves else "F32", artifact.metadata[DIALECT_KEY], types=types)
+    return OnnxOptions(
+        "F16" if halves else "F32",
+        artifact.metadata[DIALECT_KEY],
+        types=types,
+        scales=_input_scales(artifact.file, types),
+    )
+
+
+def _input_scales(file: OnnxFile, names: Iterable[str]) -> dict[str, InputScale]:
+    """The static scales of inputs: what was measured cannot be recorded again, so it is taken as it is.
+
+    Matrices with the same inputs may be one product, whose first one gives the name.
+    """
+    found = {}
+    for name in names:
+        stem = name.removesuffix(".weight")
+        scale, zero = (file.tensors.get(stem + ending) for ending in (INPUT_SCALE, INPUT_ZERO_POINT))
+        if scale is not None and zero is not None and (scale.shape, zero.shape) == ((), ()):
+            step, middle = (file.bytes(stem + ending).tobytes() for ending in (INPUT_SCALE, INPUT_ZERO_POINT))
+            found[name] = InputScale(float(np.frombuffer(step, np.float32)[0]), int(np.frombuffer(middle, np.uint8)[0]))
+    return found
 
 
 def differences(artifact: OnnxArtifact, model: Model) -> list[str] | str:
