@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 
 from family_cases import CASES, decoded_logits, kl, random_tokens, reference_logits, save  # noqa: E402
 
+from llmx import api  # noqa: E402
 from llmx.errors import IntegrityError  # noqa: E402
 from llmx.exporters.encoding import encoding  # noqa: E402
 from llmx.exporters.onnx import DIALECTS, OnnxExport, OnnxOptions, prepare, write  # noqa: E402
@@ -23,6 +25,7 @@ from llmx.exporters.onnx_types import find_mix, planned_scales, planned_types, s
 from llmx.models.decoder import forward  # noqa: E402
 from llmx.models.model import Model, Weight, open_model  # noqa: E402
 from llmx.models.ops_torch import TorchOps  # noqa: E402
+from llmx.preparing import plan  # noqa: E402
 from llmx.quant.activations import InputScale, rounded, rounded_by_row  # noqa: E402
 from llmx.quant.calibrate import Calibration  # noqa: E402
 from llmx.quant.inputs import batches  # noqa: E402
@@ -241,3 +244,53 @@ def test_a_model_that_computes_no_finite_values_is_refused_with_the_matrix_named
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IntegrityError, match=r"layers\.1\.q\.weight"):
         measured(open_model(tmp_path))
+
+
+# ── from the command to the folder ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def some_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("Once upon a time there was a small fox who lived near the river with her friends. " * 400)
+    return path
+
+
+def exported(target: Path, text: Path, **options: str) -> api.ExportResult:
+    request = api.ExportRequest(
+        str(EXAMPLE),
+        "onnx",
+        output=target,
+        calibration=text,
+        calibration_tokens=2048,
+        threads=1,
+        validate=False,
+        **options,
+    )
+    return api.export(request)
+
+
+def test_a_static_export_measures_even_where_weights_are_just_rounded(some_text: Path, tmp_path: Path) -> None:
+    result = exported(tmp_path / "out", some_text, type_name="W8A8_STATIC")
+    planned = plan(api.ExportRequest(str(EXAMPLE), "onnx", type_name="W8A8_STATIC"))
+    assert planned.quantization.calibrated and planned.quantization.recipe.method == "rtn"
+    assert [file.nbytes for file in planned.exporter.plan.files][1] == result.files[1]["bytes"]
+    graph = onnx.load(result.artifact, load_external_data=False).graph
+    scales = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer if "input_scale" in one.name}
+    layers = open_model(EXAMPLE).architecture.layers
+    assert len(scales) == 3 * layers and len({float(scale) for scale in scales.values()}) > layers
+    assert all(0 < scale < 1 for scale in scales.values())
+
+
+def test_smoothquant_and_static_scales_meet_and_what_was_measured_passes_as_it_is(
+    some_text: Path, tmp_path: Path
+) -> None:
+    from llmx.validate.onnx_artifact import open_onnx
+    from llmx.validate.onnx_graph import differences
+
+    recipe = tmp_path / "smooth.yaml"
+    recipe.write_text("name: smooth\ntype: W8A8_STATIC\nmethod: rtn\ntransform: smoothquant\n")
+    result = exported(tmp_path / "out", some_text, recipe=str(recipe))
+    told = json.loads(result.report_path.read_text())["export"]
+    assert len(told["scaling"]) == 4 * open_model(EXAMPLE).architecture.layers
+    assert differences(open_onnx(result.artifact), open_model(EXAMPLE)) == []
