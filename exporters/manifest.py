@@ -50,12 +50,21 @@ _CHUNK = 1 << 22
 
 
 def manifest_path(artifact: Path) -> Path:
-    """Where the manifest of an artifact stands; of a split set, any of its files leads to it."""
+    """Where the manifest of an artifact stands; of a split set, and of a graph's data, any file leads to it."""
     from llmx.formats.gguf_split import SHARD_NAME
+    from llmx.formats.onnx import DATA_SUFFIX
 
     named = SHARD_NAME.fullmatch(artifact.name)
-    stem = artifact.name.removesuffix(artifact.suffix) if named is None else named["prefix"]
+    graph = artifact.name.removesuffix(DATA_SUFFIX)
+    stem = graph.removesuffix(Path(graph).suffix) if named is None else named["prefix"]
     return artifact.with_name(stem + SUFFIX)
+
+
+def file_of(artifact: Path) -> Path:
+    """The file that a runtime loads: in a folder the graph, else the path itself."""
+    from llmx.formats.onnx import MODEL_NAME
+
+    return artifact / MODEL_NAME if artifact.is_dir() else artifact
 
 
 def json_schema() -> dict[str, Any]:

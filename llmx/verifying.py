@@ -72,15 +72,16 @@ def verify(
 ) -> Verification:
     """Compare every file and every tensor with the hashes of a manifest, reading each file once.
 
-    target: an artifact (of a set any file), or its manifest. manifest: where it is not beside the artifact; a single
-    file may then have another name. public_key: the signature of the manifest, SIGNATURE beside it unless `signature`
-    says where, is checked first.
+    target: an artifact (of a set any file, or the folder of a graph), or its manifest. manifest: where it is not beside
+    the artifact; a single file may then have another name. public_key: the signature of the manifest, SIGNATURE beside
+    it unless `signature` says where, is checked first.
     Raises: UsageError for files that are not there, IntegrityError for a broken manifest or a wrong signature,
     RuntimeMissing without the package that checks signatures.
     """
-    from llmx.exporters.manifest import manifest_path
+    from llmx.exporters.manifest import file_of, manifest_path
     from llmx.exporters.manifest_reader import read_manifest
 
+    target = file_of(target)
     if signature is not None and public_key is None:
         raise UsageError("--signature needs the key that it is checked with", fix="give --public-key")
     if not target.is_file():
@@ -115,10 +116,11 @@ def sign(target: Path, key: Path, *, output: Path | None = None, force: bool = F
     for a broken manifest; RuntimeMissing without the package.
     """
     from llmx.exporters import artifact
-    from llmx.exporters.manifest import manifest_path
+    from llmx.exporters.manifest import file_of, manifest_path
     from llmx.exporters.manifest_reader import read_manifest
     from llmx.signing import sign_file
 
+    target = file_of(target)
     if not target.is_file():
         raise UsageError("there is no such file", where=target)
     path = target if target.suffix == ".json" else manifest_path(target)
