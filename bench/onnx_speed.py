@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import stock
 from onnx_session import RUNNERS, Times
 
 Row = dict[str, Any]
+# Seconds: the threads of the session before spin for a while, and would take a core from the next one.
+PAUSE = 0.1
 
 
 def measure(folders: Sequence[Path], runner: str, asked: argparse.Namespace) -> list[Times]:
@@ -33,8 +36,9 @@ def measure(folders: Sequence[Path], runner: str, asked: argparse.Namespace) -> 
         session.round(prompt, asked.decode, Times())
     times = [Times() for _ in sessions]
     for number in range(asked.rounds):
-        order = range(len(sessions)) if number % 2 == 0 else reversed(range(len(sessions)))
-        for index in order:
+        for turn in range(len(sessions)):
+            index = (turn + number) % len(sessions)  # nobody is always behind the same one
+            time.sleep(PAUSE)
             sessions[index].round(prompt, asked.decode, times[index])
     return times
 
