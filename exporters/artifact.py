@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,11 +130,11 @@ def publish(partial: list[Path], targets: list[Path]) -> None:
         _fsync(folder)
 
 
-def publish_folder(partial: list[Path], targets: list[Path]) -> None:
+def publish_folder(partial: list[Path], targets: list[Path], replaced: Sequence[Path] = ()) -> None:
     """Make finished files, which are all that is in their folder, the folder of the targets.
 
     Where there is none yet, it appears with all its files at once. Else the file to load is the first to go and the
-    last to come, so that no reader meets a mixture of the old artifact and the new one.
+    last to come, so that no reader meets a mixture of the old artifact and the new one. replaced: files of the old one.
     """
     folder = targets[0].parent
     if not folder.exists():
@@ -144,6 +144,8 @@ def publish_folder(partial: list[Path], targets: list[Path]) -> None:
         _fsync(folder.parent)
         return
     targets[0].unlink(missing_ok=True)
+    for path in replaced:
+        path.unlink(missing_ok=True)
     publish(partial, targets)
 
 

@@ -40,13 +40,36 @@ def publish(
     if not passed:
         partial[-1].unlink()
     moved = partial[: None if passed else -1]
-    move = artifact.publish_folder if is_folder else artifact.publish
-    move(moved, [*names, *[manifest_path(targets[0])] * passed])
+    final = [*names, *[manifest_path(targets[0])] * passed]
+    if is_folder:
+        artifact.publish_folder(moved, final, _replaced(targets) if passed else ())
+    else:
+        artifact.publish(moved, final)
     report_path = _report_path(names[0].with_name(targets[0].name))
     write_report(report_path, unproven(facts) if report is None else report.to_dict())
     if report is not None and not passed:
         raise _failure(report, names[0], report_path)
     return report_path
+
+
+def _replaced(targets: Sequence[Path]) -> list[Path]:
+    """What the artifact that stood in this folder has and the new one has not, by the old one's manifest.
+
+    A chat template of another model, say, would be taken for the new one's. A broken manifest says nothing.
+    """
+    from llmx.exporters.manifest import manifest_path
+    from llmx.exporters.manifest_reader import read_manifest
+
+    try:
+        had = read_manifest(manifest_path(targets[0])).files
+    except LlmxError:
+        return []
+    left = [(targets[0].with_name(file.name), file.nbytes) for file in had]
+    return [
+        path
+        for path, nbytes in left
+        if path not in targets and path.is_file() and not path.is_symlink() and path.stat().st_size == nbytes
+    ]
 
 
 def _report_path(artifact: Path) -> Path:

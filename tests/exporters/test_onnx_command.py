@@ -195,6 +195,16 @@ def test_an_existing_artifact_needs_force_and_is_replaced_whole(tmp_path: Path) 
     assert names(tmp_path / "made") == FILES | BESIDE and names(tmp_path) == {"made"}
 
 
+def test_what_only_the_replaced_artifact_had_goes_with_it(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(EXAMPLE, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    export(tmp_path / "made", model)
+    assert "chat_template.jinja" in names(tmp_path / "made")
+    (tmp_path / "made" / "notes.txt").write_text("mine")
+    export(tmp_path / "made", force=True)
+    assert names(tmp_path / "made") == FILES | BESIDE | {"notes.txt"}
+
+
 def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "notes.txt").write_text("mine")
