@@ -118,6 +118,7 @@ _GPT2 = {
 # As wide as a block of the k-quants, so that each tensor gets the type that it would in a real model.
 SOLVABLE: dict[str, dict[str, Any]] = {
     "llama": _WIDE,
+    "llama-narrow": _WIDE | {"intermediate_size": 200},  # rows that groups of no size divide
     "qwen3-tied": _WIDE | {"model_type": "qwen3", "tie_word_embeddings": True},
     "gemma3": _WIDE
     | {"model_type": "gemma3_text", "sliding_window": 64, "query_pre_attn_scalar": 64, "tie_word_embeddings": True}
