@@ -5,7 +5,7 @@
 
 Judged: mean KL(transformers f32 ‖ package on onnxruntime's CPU, as it is shipped) in nats over all positions of chunks
 of 256. Bytes are those of model.onnx and its data. Each --ours is one export: `llmx export MODEL --format onnx` with
-these options and the calibration text. Packages are kept below --keep and used again.
+these options and the calibration text. All packages stand below --keep; the builder's are made once, ours every time.
 
 The second table has a row for each of the builder's packages: the best of ours that is no larger, and its share of
 the builder's KL.
@@ -27,7 +27,7 @@ import peer_onnx
 import stock
 from onnx_session import PlainSession
 from peer_onnx import Package, kept
-from stock import Cost, NotRun
+from stock import NotRun
 
 from llmx.validate.case import chunks
 from llmx.validate.metrics import Comparison, Divergence
@@ -52,18 +52,13 @@ class Judged:
 
 
 def export(model: Path, options: str, calibration: Path | None, under: Path, threads: int) -> Package:
-    """Our package with these options of the command line, exported where it is missing. Raises: NotRun."""
+    """Our package with these options of the command line, exported afresh. Raises: NotRun."""
     label = options.replace("--", "").replace("/", "_").replace(" ", "_")
     folder, given = under / model.name / "llmx" / label, shlex.split(options)
-    told = folder.with_suffix(".costs.json")
-    if told.is_file():
-        return Package(options, folder, Cost(**json.loads(told.read_text(encoding="utf-8"))))
     folder.parent.mkdir(parents=True, exist_ok=True)
     if calibration and not {"rtn", "--statistics", "--calibration"} & set(given):
         given += ["--calibration", str(calibration)]
-    cost = stock.measured(export_command(model, folder, threads, *given), threads)
-    told.write_text(json.dumps({"wall": cost.wall, "cpu": cost.cpu, "peak": cost.peak}), encoding="utf-8")
-    return Package(options, folder, cost)
+    return Package(options, folder, stock.measured(export_command(model, folder, threads, *given), threads))
 
 
 def export_command(model: Path, folder: Path, threads: int, *options: str) -> list[str]:
