@@ -60,11 +60,23 @@ class Sample:
         return Sample(rows, self.counts, self.largest / columns, low, high)
 
 
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Inputs to choose scales on, and others to judge them by: on its own tokens a static range is never left."""
+
+    fitted: Sample
+    judged: Sample
+
+    def divided(self, columns: Floats) -> Samples:
+        """The same inputs, their columns divided by positive scales f32[in]."""
+        return Samples(self.fitted.divided(columns), self.judged.divided(columns))
+
+
 class Quantizer(Protocol):
     """How inputs are rounded."""
 
-    def __call__(self, inputs: Sample) -> Floats:
-        """f32[n, in]: what the codes of the sample's rows stand for."""
+    def __call__(self, inputs: Samples) -> Floats:
+        """f32[n, in]: what the codes of the judged rows stand for."""
         ...
 
 
@@ -108,11 +120,11 @@ def _highs(ends: tuple[float, float], inputs: Sample) -> Sequence[tuple[float, f
     return [(ends[0], min(ends[1] * part, inputs.high)) for part in FINER]
 
 
-def static(inputs: Sample) -> Floats:
-    """A Quantizer: the best static scale for the sample."""
-    return rounded(inputs.rows, best_scale(inputs))
+def static(inputs: Samples) -> Floats:
+    """A Quantizer: the best static scale for the fitted rows."""
+    return rounded(inputs.judged.rows, best_scale(inputs.fitted))
 
 
-def by_row(inputs: Sample) -> Floats:
+def by_row(inputs: Samples) -> Floats:
     """A Quantizer: every row's own scale."""
-    return rounded_by_row(inputs.rows)
+    return rounded_by_row(inputs.judged.rows)

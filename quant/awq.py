@@ -19,7 +19,7 @@ import torch
 from llmx.models.architecture import Role
 from llmx.models.folded import Floats
 from llmx.models.model import Model
-from llmx.quant.activations import Sample
+from llmx.quant.activations import Samples
 from llmx.quant.calibrate import Calibration
 from llmx.quant.inputs import MatrixInputs
 from llmx.quant.protocol import Effort, Grid
@@ -63,7 +63,7 @@ class Awq:
 
     options: AwqOptions = AwqOptions()
 
-    def sample(self, inputs: MatrixInputs) -> Sample | None:
+    def sample(self, inputs: MatrixInputs) -> Samples | None:
         """None: second moments tell all that AWQ asks for."""
         return None
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from llmx.models.architecture import Architecture, Role
 from llmx.models.folded import Floats
 from llmx.models.model import Model, Weight
-from llmx.quant.activations import Sample
+from llmx.quant.activations import Samples
 from llmx.quant.calibrate import Calibration, walk
 from llmx.quant.inputs import MatrixInputs
 from llmx.quant.protocol import Effort, Grid
@@ -53,7 +53,7 @@ class Consumer:
     squares: Floats
     judged: Moments
     tokens: float
-    sample: Sample | None = None
+    sample: Samples | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Candidate:
 class Method(Protocol):
     """Which scales are tried, and what they are judged by."""
 
-    def sample(self, inputs: MatrixInputs) -> Sample | None:
+    def sample(self, inputs: MatrixInputs) -> Samples | None:
         """Some of the inputs, for methods that need them."""
         ...
 
@@ -137,7 +137,7 @@ class ScaleSearch:
                     key = _key(pair, expert)
                     self._due[key] = self._due.get(key, 0) + 1
         self._waiting: dict[Key, list[Consumer]] = {}
-        self._sampled: tuple[str, Sample | None] | None = None  # of the newest inputs, which several matrices share
+        self._sampled: tuple[str, Samples | None] | None = None  # of the newest inputs, which several matrices share
         self._scales: dict[ScalePair, Floats] = {}
         self._choices: list[Choice] = []
 

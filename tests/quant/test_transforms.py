@@ -22,7 +22,7 @@ from llmx.quant.grid import grid  # noqa: E402
 from llmx.quant.inputs import batches  # noqa: E402
 from llmx.quant.protocol import Grid  # noqa: E402
 from llmx.quant.scale_search import Consumer, Scaling, choose, rounded  # noqa: E402
-from llmx.quant.smooth import EXTREMES, Smooth, SmoothOptions, sample, search_smooth  # noqa: E402
+from llmx.quant.smooth import EXTREMES, Smooth, SmoothOptions, sample, samples, search_smooth  # noqa: E402
 from llmx.quant.solve import clipped  # noqa: E402
 from llmx.quant.statistics import Inputs, Moments, Statistics, statistics  # noqa: E402
 from llmx.quant.transforms import Folds, ScalePair, pairs  # noqa: E402
@@ -68,7 +68,7 @@ def consumer(seed: int, batches: list[Inputs], on: Grid, pool: Workers, weight: 
     known = statistics(batches, pool)
     squares = known.fitted.hessian.diagonal().numpy()
     tokens = known.held_out.tokens
-    return Consumer("layers.0.up.weight", lambda: made, on, squares, known.held_out, tokens, sample(batches))
+    return Consumer("layers.0.up.weight", lambda: made, on, squares, known.held_out, tokens, samples(batches))
 
 
 def some_calibration(model: Model, count: int = 12, length: int = 48) -> Calibration:
@@ -201,11 +201,14 @@ def test_the_smoothing_loss_is_that_of_inputs_rounded_to_8_bits(name: str, scale
     weight, x = seen.weight(), given[1].float_.numpy()
     divided = np.asarray(x if columns is None else x / columns, np.float32)
     assert seen.sample is not None
-    best = best_scale(seen.sample if columns is None else seen.sample.divided(columns))
+    fitted = seen.sample.fitted if columns is None else seen.sample.fitted.divided(columns)
+    best = best_scale(fitted)
     codes = rounded_by_row(divided) if name == "by row" else in_8_bits(divided, best)
     value = rounded(weight, INT8, columns, None, "fast")
     value = value if columns is None else value * columns
-    found = np.square(codes @ value.T - x @ weight.T, dtype=np.float64).sum()
+    exact = x @ weight.T
+    errors, energies = (np.square(part, dtype=np.float64).sum(1) for part in (codes @ value.T - exact, exact))
+    found = energies.sum() * (errors / energies).mean()
     method = Smooth() if name == "by row" else Smooth(STATIC)
     assert method.loss(weight, INT8, seen, columns) == pytest.approx(found, rel=0.1)
 
