@@ -126,69 +126,6 @@ def samples(batches: Sequence[Inputs]) -> Samples:
     return Samples(fitted, sample(judged) if judged else fitted)
 
 
-def sample(self, inputs: MatrixInputs) -> Samples | None:
-        """Some of the inputs."""
-        return samples(inputs.batches())
-
-    def candidates(self, pair: ScalePair, consumers: Sequence[Consumer]) -> list[Candidate]:
-        """One for each α."""
-        self._met.clear()
-        largest = [_samples(consumer).fitted.largest for consumer in consumers]
-        x = np.max([_largest(pair, columns) for columns in largest], axis=0).astype(np.float64)
-        w = np.max([_largest(pair, np.abs(consumer.weight()).max(0)) for consumer in consumers], axis=0)
-        alive = (x > 0) & (w > 0)
-        x, w = (np.where(alive, part, 1.0) for part in (x, w.astype(np.float64)))
-        return [
-            Candidate(f"alpha {alpha:.2f}", normalized(x**alpha / w ** (1 - alpha), alive))
-            for alpha in self.options.alphas
-        ]
-
-    def loss(self, weight: Floats, grid: Grid, consumer: Consumer, columns: Floats | None) -> float:
-        """Of some rows with their inputs: see the formula above."""
-        value = torch.from_numpy(rounded(weight, grid, columns, None, self.options.effort))
-        met = self._inputs(consumer, columns)
-        error = met.rounded @ value.T - met.exact @ torch.from_numpy(weight).T
-        return consumer.tokens * float(error.square_().sum(dtype=torch.float64))
-
-    def _inputs(self, consumer: Consumer, columns: Floats | None) -> _Met:
-        key = id(consumer), id(columns)
-        if key not in self._met:  # what is kept there keeps its id
-            quantizer: Quantizer = static if consumer.name in self.options.static else by_row
-            inputs = _samples(consumer)
-            found = quantizer(inputs if columns is None else inputs.divided(columns))
-            found = found if columns is None else found * columns
-            roots = torch.from_numpy(_shares(consumer.weight(), inputs.judged)).sqrt_()
-            exact = torch.from_numpy(inputs.judged.rows) * roots
-            self._met[key] = _Met(consumer, columns, exact, torch.from_numpy(found) * roots)
-        return self._met[key]
-
-
-@dataclass(frozen=True, slots=True)
-class _Met:
-    """The judged inputs of a consumer under some scaling, f32[n, in], each row times the root of its share."""
-
-    consumer: Consumer
-    columns: Floats | None
-    exact: torch.Tensor
-    rounded: torch.Tensor
-
-
-def _shares(weight: Floats, judged: Sample) -> Floats:
-    """f32[n, 1]: what an error counts in each row, so that errors as large as the outputs sum to their mean energy."""
-    outputs = torch.from_numpy(judged.rows) @ torch.from_numpy(weight).T
-    energy = outputs.square_().sum(1, keepdim=True).double().clamp_min_(TINY).numpy()
-    counts = judged.counts / judged.counts.sum(dtype=np.float64)
-    return (counts / energy * (counts * energy).sum()).astype(np.float32)
-
-
-def samples(batches: Sequence[Inputs]) -> Samples:
-    """Of the fitted batches and of those held out; where nothing is held out, all of both."""
-    fitted = [batch for batch in batches if not batch.held_out] or batches
-    judged = [batch for batch in batches if batch.held_out] or batches
-    first = sample(fitted)
-    return Samples(first, first if judged is batches and fitted is batches else sample(judged))
-
-
 def sample(batches: Sequence[Inputs]) -> Sample:
     """Of float inputs: the rows of the largest magnitudes stand for themselves, others for their neighbours as well."""
     inputs = torch.cat([batch.float_ for batch in batches])
