@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from llmx.errors import UsageError
 from llmx.exporters.encoding import GROUP_ENCODINGS, GroupEncoding
+from llmx.exporters.gguf_metadata import SOLVED, SOLVER_KEY
 from llmx.exporters.gguf_model import GgufModel, GgufWeight
 from llmx.exporters.gguf_types import FILE_TYPES
 from llmx.formats.ggml_blocks import BLOCKS
@@ -70,7 +71,9 @@ def taking_over(model: Model, options: OnnxOptions, ruled: Mapping[str, str] | N
     if not isinstance(model, GgufModel):
         raise UsageError(f"the type {TAKEN} keeps what a GGUF file has, and this is none", fix="choose another --type")
     types = {**kept_types(model), **(ruled or {})}
-    return replace(options, type_name="F32", types=types, wanted={}, mix=mix_name(model))
+    # Whoever made the file rounded to other steps than these encodings have: beside the checkpoint, weights are moved.
+    solver = str(model.gguf.file.metadata.get(SOLVER_KEY, SOLVED))
+    return replace(options, type_name="F32", types=types, wanted={}, mix=mix_name(model), solver=solver)
 
 
 def mix_name(model: GgufModel) -> str:

@@ -42,7 +42,7 @@ def commands() -> None:
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
 @options.json_option
 def export(output: Path | None, validate: bool, force: bool, as_json: bool, **chosen: Any) -> None:
-    """Turn MODEL (a folder or a hub id) into an artifact, rerun it on its runtime and report.
+    """Turn MODEL (a folder, a hub id, or a GGUF file for ONNX) into an artifact, rerun it and report.
 
     \b
     Examples:

@@ -21,6 +21,7 @@ from gguf_cases import FAMILIES, gguf_of
 
 from llmx.errors import UsageError
 from llmx.exporters import gguf
+from llmx.exporters.gguf_metadata import SOLVED
 from llmx.exporters.gguf_model import GgufModel, GgufWeight, open_gguf_model
 from llmx.exporters.gguf_types import file_type
 from llmx.exporters.onnx import DIALECTS, OnnxOptions, prepare, write
@@ -158,6 +159,11 @@ def test_a_second_rounding_is_told(tmp_path: Path) -> None:
     (told,) = source_notes(model, types, keeps=False)
     assert "second time" in told and str(len(types)) in told
     assert source_notes(open_model(EXAMPLE), types, keeps=False) == ()
+
+
+def test_beside_the_checkpoint_the_weights_count_as_moved(tmp_path: Path) -> None:
+    """A Q6_K matrix is further from it than 8 bits usually are."""
+    assert taking_over(_example(tmp_path, "Q4_0"), OnnxOptions()).solver == SOLVED
 
 
 def test_a_checkpoint_has_nothing_to_take_over() -> None:
