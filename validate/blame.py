@@ -20,7 +20,7 @@ from llmx.exporters.gguf_metadata import SCALED, SOLVER_KEY
 from llmx.exporters.gguf_tensors import Entry
 from llmx.models.model import Model
 from llmx.validate.case import Case
-from llmx.validate.evidence import Evidence, gather
+from llmx.validate.evidence import Evidence, allowed, gather
 from llmx.validate.kinds import kind_of
 from llmx.validate.report import Check, not_applicable, reported
 from llmx.validate.restored import restored_model
@@ -94,9 +94,10 @@ def find_blame(case: Case) -> Blame:
         if case.file.metadata.get(SOLVER_KEY) == SCALED:
             model = with_scales_of(case.model, restored)
         streams = _streams(case, model, restored)
-    evidence = [gather(case.file, model, entry) for entry in there]
-    outputs = {} if streams is None else dict(_outputs(model, evidence, streams))
     solved = SOLVER_KEY in case.file.metadata
+    moved = allowed(case.file) if solved else 0.0
+    evidence = [gather(case.file, model, entry, moved) for entry in there]
+    outputs = {} if streams is None else dict(_outputs(model, evidence, streams))
     found = suspects(evidence, outputs, solved)
     found = _changed(_identified(case, model, evidence, found), _told_by_digests(case))
     layers, embedding = ((), 0.0) if streams is None else (streams.layers, streams.embedding)

@@ -79,10 +79,17 @@ class _Sums:
         self.count += error.size
 
 
-def gather(file: Container, model: Model, entry: Entry) -> Evidence:
+def allowed(file: Container) -> float:
+    """How far a solver may have moved a matrix of the file: by as much as the coarsest one loses, because it makes
+    fine matrices repair what those before them lost."""
+    return max((USUAL_RMS.get(t.type_name, 0.0) for t in file.tensors.values() if len(t.shape) > 1), default=0.0)
+
+
+def gather(file: Container, model: Model, entry: Entry, moved: float = 0.0) -> Evidence:
     """Returns the evidence of one stored tensor; memory follows a piece of its rows.
 
-    model: the source, with the artifact's scales folded in where it has any.
+    model: the source, with the artifact's scales folded in where it has any. moved: relative error that matrices may
+    have whatever their type.
     """
     kind, type_name = kind_of(file), file.tensors[entry.name].type_name
     block = block_weights(type_name, entry.columns) or (FLOAT_BLOCK if entry.columns % FLOAT_BLOCK == 0 else 1)
@@ -96,7 +103,7 @@ def gather(file: Container, model: Model, entry: Entry) -> Evidence:
         sums.add(np.where(finite, decoded, 0), source, _rounded(type_name, source), block)
     for piece in entry.pieces:
         model.weight(piece.spec.name).release()
-    return _judged(entry, type_name, sums, steps, not_finite)
+    return _judged(entry, type_name, sums, steps, not_finite, moved if len(entry.shape) > 1 else 0.0)
 
 
 def _rounded(type_name: str, source: np.ndarray) -> np.ndarray:
@@ -108,14 +115,15 @@ def _rounded(type_name: str, source: np.ndarray) -> np.ndarray:
         return source
 
 
-def _judged(entry: Entry, type_name: str, sums: _Sums, steps: float, not_finite: int) -> Evidence:
+def _judged(entry: Entry, type_name: str, sums: _Sums, steps: float, not_finite: int, moved: float) -> Evidence:
     rows, blocks = np.concatenate(sums.rows, axis=1), np.concatenate(sums.blocks, axis=1)
     ee, xx, ww, vv, vw = rows.sum(1)
     floor = EXACT**2
     # A checkpoint that was quantized once already lies on a grid, and rounding it again costs next to nothing.
     least = max(floor, (USUAL_RMS.get(type_name, 0.0) / 3) ** 2)
-    share = max(xx / ww, least) if ww else least
-    size = np.sqrt(ee / (share * ww)) if ww else np.sqrt(ee)
+    usual = max(xx / ww, least) if ww else least
+    share = max(usual, moved**2)
+    size, in_steps = (np.sqrt(ee / (of * ww)) if ww else np.sqrt(ee) for of in (share, usual))
     slope = vw / ww if ww else 1.0
     parts = {"row": rows[:3], "column": sums.columns, "block": blocks[:3]}
     ratios = {name: _ratios(part[0], part[1], part[2], share) for name, part in parts.items()}
@@ -133,14 +141,14 @@ def _judged(entry: Entry, type_name: str, sums: _Sums, steps: float, not_finite:
         **{name: float(ratio.max() / max(size, 1.0)) for name, ratio in ratios.items()},
         "tails": _tails(blocks[0], blocks[3], sums.count) if block_weights(type_name, entry.columns) else 0.0,
         "unlike": float(np.median(cosines) - cosines.min()),
-        "steps": float(steps / max(size, 1.0)),
+        "steps": float(steps / max(in_steps, 1.0)),
     }
     return Evidence(
         entry=entry,
         type_name=type_name,
         rms=float(np.sqrt(ee / ww)) if ww else float(np.sqrt(ee)),
-        usual=float(np.sqrt(share)),
-        usual_variance=float(share * ww / sums.count),
+        usual=float(np.sqrt(usual)),
+        usual_variance=float(usual * ww / sums.count),
         similar=float(vw / np.sqrt(vv * ww)) if vv and ww else float(vv == ww),
         slope=float(slope),
         not_finite=not_finite,

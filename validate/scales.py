@@ -74,7 +74,8 @@ def _norm_scales(model: Model, restored: Model, pair: ScalePair, producers: Set[
     common = np.mean(seen, axis=0) if seen else np.log(told)
     seen += [logarithms - np.median(logarithms - common) for logarithms in apart]
     middle = np.median(seen, axis=0)
-    factor = float(np.median(middle - np.log(told)))
+    # Of the consumers' own factors the smallest: a damaged consumer is off alone, a damaged gain is off beside all.
+    factor = min((float(np.median(one - np.log(told))) for one in seen), key=abs)
     if abs(factor) > FACTOR and _off_centre(np.log(told)) > _off_centre(middle):
         told = told * np.float32(np.exp(factor))
     doubted = np.abs(middle - np.log(told)) > DISAGREEMENT + 3 * np.ptp(seen, axis=0)
