@@ -74,6 +74,7 @@ class GridError:
     """The largest error of one stored tensor in steps of its grid, and how many of its values are no numbers.
 
     rms: ||decoded - source|| / ||source||, NaN where a value is no number. slope: of decoded over source, 1 for zeros.
+    vector: it may hold one value many times, all of which round to the same side.
     """
 
     name: str
@@ -82,6 +83,7 @@ class GridError:
     not_finite: int
     rms: float
     slope: float
+    vector: bool
 
     @property
     def gain(self) -> float:
@@ -92,7 +94,7 @@ class GridError:
         usual = USUAL_RMS.get(self.type_name, 0.0)
         if not isfinite(self.slope):
             return inf
-        return max(abs(self.slope - 1) - self.rms**2, 0.0) / usual if usual else 0.0
+        return max(abs(self.slope - 1) - self.rms**2, 0.0) / usual if usual and not self.vector else 0.0
 
     def __str__(self) -> str:
         return f"{self.name} ({self.type_name}): {self.steps:.3g}"
@@ -196,7 +198,8 @@ def distances_of(case: Case) -> Iterator[Distance]:
         if entry.role in ("embedding", "head"):  # rows of padding may be left out
             values = values[: entry.rows * entry.columns]
         type_name = case.file.tensors[entry.name].type_name
-        rms = _relative_rms(case, name, values)
+        gain = any(piece.transform == "gain" for piece in entry.pieces)
+        rms = _relative_rms(case, name, values, case.model.architecture.norm_offset if gain else 0.0)
         yield Distance(name, entry.name, type_name, rms, limits[type_name])
         case.file.release(entry.name)
 
@@ -226,8 +229,11 @@ def scaled_distances(case: Case, source: Model) -> Iterator[Distance]:
             yield Distance(name, entry.name, type_name, rms, MOVED_LIMITS[type_name])
 
 
-def _relative_rms(case: Case, name: str, values: np.ndarray) -> float:
-    """||values - source|| / ||source||, read piece by piece; against a source of zeros, ||values||."""
+def _relative_rms(case: Case, name: str, values: np.ndarray, offset: float) -> float:
+    """||values - source|| / ||source + offset||, read piece by piece; against a source of zeros, ||values||.
+
+    offset: what a norm's gain is stored with: so it is rounded, near one, however small the gain of the checkpoint is.
+    """
     checkpoint, squares, total = case.model.checkpoint, 0.0, 0.0
     dtype = checkpoint.tensors[name].dtype
     size = BLOCKS[dtype].bytes
@@ -237,7 +243,7 @@ def _relative_rms(case: Case, name: str, values: np.ndarray) -> float:
         with np.errstate(invalid="ignore", over="ignore"):
             difference = values[start:stop] - source
             squares += float(difference @ difference)
-            total += float(source @ source)
+            total += float(np.square(source + np.float32(offset)).sum(dtype=np.float64))
     checkpoint.release(name)
     return float(np.sqrt(squares / total if total else squares))
 
@@ -275,4 +281,5 @@ def grid_error(file: Container, model: Model, entry: Entry) -> GridError:
     for piece in entry.pieces:
         model.weight(piece.spec.name).release()
     rms = float(np.sqrt(squares / total if total else squares))
-    return GridError(entry.name, type_name, steps, not_finite, rms, product / total if total else 1.0)
+    slope = product / total if total else 1.0
+    return GridError(entry.name, type_name, steps, not_finite, rms, slope, len(entry.shape) == 1)

@@ -155,4 +155,4 @@ def tensor_digest(file: GgufFile, name: str) -> int:
     return short_digest(digest.digest())
 
 
-GGUF = GgufKind()
+KIND = GgufKind()

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # format -> "module:attribute" of its ArtifactKind; the first one that recognises a file has it.
 KINDS: dict[str, str] = {
-    "gguf": "llmx.validate.gguf_kind:GGUF",
-    "onnx": "llmx.validate.onnx_kind:ONNX",
+    "gguf": "llmx.validate.gguf_kind:KIND",
+    "onnx": "llmx.validate.onnx_kind:KIND",
 }
 
 

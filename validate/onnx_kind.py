@@ -22,9 +22,10 @@ from llmx.models.folded import NORM_ROLES
 from llmx.models.model import Model
 from llmx.validate import onnx_graph
 from llmx.validate.case import Case
-from llmx.validate.floors import ONNX_F16, ONNX_F32, Floor
+from llmx.validate.floors import ONNX, ONNX_HALF_TABLES, Floor
 from llmx.validate.kinds import sizes
 from llmx.validate.onnx_artifact import TOKENIZER, OnnxArtifact, mapped, open_onnx
+from llmx.validate.onnx_twin import has_halves, write_widened
 from llmx.validate.onnx_weights import pieces
 from llmx.validate.report import Check, at_most, named, not_applicable
 
@@ -143,15 +144,16 @@ class OnnxKind:
         return all(kept.type_name == "F32" for kept in file.tensors.values())
 
     def write_twin(self, file: OnnxArtifact, folder: Path, layers: int | None) -> Path:
-        return file.paths[0]  # the runtime computes it in float32 as it is, see `Runtime.open`
+        # What is not of float16, the runtime computes in float32 as it is, see `Runtime.open`.
+        return write_widened(file.file, folder) if has_halves(file.file) else file.paths[0]
 
     def no_exact_run(self, file: OnnxArtifact) -> str | None:
         found = [name for name in file.file.operators if name.rpartition(".")[2] in ROUNDED]
         return f"the graph itself rounds activations ({', '.join(found)})" if found else None
 
     def floor(self, file: OnnxArtifact, architecture: Architecture) -> Floor:
-        halves = any(kept.type_name == "F16" for kept in file.tensors.values())
-        return ONNX_F16 if halves else ONNX_F32
+        tables = (kept for kept in file.tensors.values() if kept.name.startswith("rope."))
+        return ONNX_HALF_TABLES if any(kept.type_name == "F16" for kept in tables) else ONNX
 
     def no_text(self, file: OnnxArtifact) -> str | None:
         missing = [name for name in (CONFIG_NAME, TOKENIZER) if not (file.folder / name).is_file()]
@@ -218,4 +220,4 @@ def _padding(file: OnnxArtifact) -> Check:
     )
 
 
-ONNX = OnnxKind()
+KIND = OnnxKind()

@@ -19,7 +19,7 @@ Plant = Callable[[Path], None]
 
 @dataclass(frozen=True, slots=True)
 class OnnxSubject:
-    """A sound folder. model: a key of fault_table.SUBJECTS. type_name: an encoding of all matrices, or F32."""
+    """A sound folder. model: a key of fault_table.SUBJECTS. type_name: an encoding of all matrices, F32 or F16."""
 
     model: str
     type_name: str
@@ -39,6 +39,8 @@ class OnnxFault:
 
 SUBJECTS: dict[str, OnnxSubject] = {
     "floats": OnnxSubject("chat", "F32", "ort"),
+    "halves": OnnxSubject("experts", "F16", "ort"),
+    "halves, standard": OnnxSubject("window", "F16", "standard"),
     "four bits": OnnxSubject("chat", "int4-g32-zp-float32", "ort"),
     "four bits, standard": OnnxSubject("chat", "int4-g32-zp-float32", "standard"),
     "eight bits": OnnxSubject("chat", "int8-g32-sym-float32", "ort"),
@@ -247,6 +249,8 @@ FAULTS: tuple[OnnxFault, ...] = (
               frozenset({"bytes.error", "bytes.steps"})),
     OnnxFault("one matrix said to lie in another's place", "four bits", graph(same_place), frozenset({"bytes.error"})),
     OnnxFault("another epsilon", "floats", attribute("RMSNormalization", "epsilon", lambda v: v * 300),
+              _numbers("conversion.kl")),
+    OnnxFault("another epsilon in float16", "halves", attribute("RMSNormalization", "epsilon", lambda v: v * 300),
               _numbers("conversion.kl")),
     OnnxFault("another scale of attention", "four bits", attribute("GroupQueryAttention", "scale", lambda v: v * 1.05),
               _numbers("conversion.kl", "conversion.logits", "conversion.decode")),

@@ -32,9 +32,10 @@ def export_onnx(model: Path, type_name: str, dialect: str, folder: Path) -> Path
     from llmx.exporters.onnx import OnnxOptions, prepare, write
 
     opened = open_model(model)
-    specs = [] if type_name == "F32" else opened.architecture.tensors
+    whole = type_name if type_name in ("F32", "F16") else "F32"
+    specs = [] if type_name == whole else opened.architecture.tensors
     types = {spec.name: type_name for spec in specs if len(spec.shape) > 1 and spec.role not in FLOAT_ROLES}
-    planned = prepare(opened, OnnxOptions("F32", dialect, types=types), open_tokenizer(model))
+    planned = prepare(opened, OnnxOptions(whole, dialect, types=types), open_tokenizer(model))
     folder.mkdir(parents=True)
     write(planned, [folder / file.name for file in planned.plan.files])
     return folder
