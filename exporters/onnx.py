@@ -21,6 +21,7 @@ from llmx.exporters.onnx_experts import mix, mix_routed
 from llmx.exporters.onnx_fusion import drop_unused, fuse_skips
 from llmx.exporters.onnx_genai import NO_TOKENIZER, companions
 from llmx.exporters.onnx_graph import GraphRecorder, Stored, onnx_type
+from llmx.exporters.onnx_int8 import EXACT_OPTION
 from llmx.exporters.onnx_linear import look_up_columns, look_up_packed, multiply_columns, multiply_packed
 from llmx.exporters.onnx_ops import Operators, RecordingOps
 from llmx.exporters.onnx_ops import Rows as States
@@ -215,12 +216,14 @@ def _declare(value: ir.Value, name: str, kind: ir.DataType, shape: Sequence[int 
 
 def notes(architecture: Architecture, graph: ir.Model) -> tuple[str, ...]:
     """What the graph does otherwise than a user may expect."""
-    if not any(architecture.sparse_layers) or any(node.op_type == "MoE" for node in graph.graph):
-        return ()
-    return (
-        f"every token runs through all {architecture.experts} experts of a layer, not only through the "
-        f"{architecture.experts_used} it uses: right, and slower than it could be",
-    )
+    operators = {node.op_type for node in graph.graph}
+    told = {
+        "ScatterElements": f"every token runs through all {architecture.experts} experts of a layer, not only through "
+        f"the {architecture.experts_used} it uses: right, and slower than it could be",
+        "QuantizeLinear": "on x86 processors without VNNI onnxruntime loses more than it has to in products of 8 bits: "
+        f"there, open the graph with the session option {EXACT_OPTION}=1",
+    }
+    return tuple(note for operator, note in told.items() if operator in operators)
 
 
 def _step(one: Stored, options: OnnxOptions) -> Step:

@@ -21,6 +21,7 @@ from llmx.errors import IntegrityError  # noqa: E402
 from llmx.exporters.encoding import encoding  # noqa: E402
 from llmx.exporters.onnx import DIALECTS, OnnxExport, OnnxOptions, prepare, write  # noqa: E402
 from llmx.exporters.onnx_activations import input_scales  # noqa: E402
+from llmx.exporters.onnx_int8 import EXACT_OPTION  # noqa: E402
 from llmx.exporters.onnx_types import find_mix, planned_scales, planned_types, static_names  # noqa: E402
 from llmx.models.decoder import forward  # noqa: E402
 from llmx.models.model import Model, Weight, open_model  # noqa: E402
@@ -158,6 +159,27 @@ def test_the_standard_graph_holds_no_vendor_domain_and_means_the_same_unfused(st
     assert {node.domain for node in onnx.load(graph, load_external_data=False).graph.node} == {""}
     tokens = random_tokens(LENGTH)
     assert kl(logits(graph, tokens), logits(graph, tokens, level="none")) < MAX_KL
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["by row", "static"])
+def test_the_option_for_processors_that_saturate_is_told_and_changes_nothing_elsewhere(
+    static: bool, tmp_path: Path
+) -> None:
+    save(CASES["qwen2"], tmp_path / "model")
+    model = open_model(tmp_path / "model")
+    planned, graph = export(model, tmp_path / "onnx", "standard", measured(model) if static else {})
+    assert any(f"{EXACT_OPTION}=1" in note for note in planned.plan.notes)
+    tokens = np.array([random_tokens(LENGTH)])
+    found = []
+    for entry in ("0", "1"):
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry(EXACT_OPTION, entry)
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": np.arange(LENGTH)[None]}
+        given = {one.name: one for one in session.get_inputs()}
+        past = {n: np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32) for n, one in given.items() if "past" in n}
+        found.append(session.run(["logits"], {name: feeds[name] for name in given.keys() & feeds.keys()} | past)[0])
+    assert kl(found[1][0], found[0][0]) < MAX_KL
 
 
 def product(tmp_path: Path, x: np.ndarray) -> np.ndarray:
