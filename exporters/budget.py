@@ -51,7 +51,7 @@ def choices(
     """
     if not parts:
         raise UsageError(
-            "a size is asked for, and the type of every tensor is given", fix="leave out --target-size or those types"
+            "a size is asked for, and rules or --tensor-type name the type of every tensor", fix="leave out one of them"
         )
     found = sequences(
         text or read_calibration(None),
