@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmx.errors import IntegrityError, RuntimeMissing, UsageError
-from llmx.formats.onnx import VENDOR_DOMAIN
+from llmx.formats.onnx import VENDOR_DOMAIN, VENDOR_OPSET
 from llmx.formats.onnx_file import OnnxFile, OnnxNode, OnnxTensor
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ BITS = {
     **{"FLOAT16": 16, "DOUBLE": 64, "UINT32": 32, "UINT64": 64, "BFLOAT16": 16, "UINT4": 4, "INT4": 4},
     **{"FLOAT8E4M3FN": 8, "FLOAT8E5M2": 8, "FLOAT4E2M1": 4, "UINT2": 2, "INT2": 2},
 }
+OF_RUNTIME = ("SimplifiedLayerNormalization",)  # onnxruntime has it in ONNX's own domain, where ONNX does not
 TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _NAME = re.compile(r"[^/\\\0]+")
@@ -63,7 +64,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
     if problems:
         more = [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
         raise IntegrityError("the graph is broken or hostile", where=path, problems=[*problems[:MAX_SHOWN], *more])
-    _check(path)
+    _check(path, model)
     return OnnxFile(
         paths=(path, *data),
         metadata={entry.key: entry.value for entry in model.metadata_props},
@@ -294,15 +295,38 @@ def _range(tensor: OnnxTensor) -> tuple[str, int, int]:
     return str(tensor.file), tensor.offset, tensor.nbytes
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, model: ModelProto) -> None:
     """onnx's own look at the graph, by path: graphs of more than 2 GB with their weights pass no other way."""
     import onnx
 
+    foreign = any(node.op_type in OF_RUNTIME and node.domain in DOMAINS[:2] for node in model.graph.node)
     try:
-        onnx.checker.check_model(str(path))
+        onnx.checker.check_model(_in_vendor_domain(model) if foreign else str(path))
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         told = " ".join(str(error).split())
         raise IntegrityError("onnx.checker refuses the graph", where=path, problems=[told]) from error
+
+
+def _in_vendor_domain(model: ModelProto) -> bytes:
+    """The graph without weights, the operators of OF_RUNTIME where onnxruntime's others are, which onnx does not know.
+
+    The weights are inputs of it: their data, looked at already, lie beside another file.
+    """
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if node.op_type in OF_RUNTIME:
+            node.domain = VENDOR_DOMAIN
+    if all(one.domain != VENDOR_DOMAIN for one in copy.opset_import):
+        copy.opset_import.add(domain=VENDOR_DOMAIN, version=VENDOR_OPSET)
+    given = {one.name for one in copy.graph.input}
+    for one in model.graph.initializer:
+        if one.name not in given:
+            copy.graph.input.append(onnx.helper.make_tensor_value_info(one.name, one.data_type, one.dims))
+    copy.graph.ClearField("initializer")
+    return copy.SerializeToString()
 
 
 def _mapped(path: Path) -> mmap.mmap | None:

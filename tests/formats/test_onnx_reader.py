@@ -274,6 +274,13 @@ def test_a_graph_with_an_offence_is_refused_by_its_name(offence, model, saved):
     assert OFFENCES[offence] in refused(saved(model))
 
 
+def test_an_operator_that_onnxruntime_has_in_onnx_s_own_domain_is_admitted(model, saved):
+    model.graph.node.append(onnx.helper.make_node("SimplifiedLayerNormalization", ["y", "b"], ["z"], axis=-1))
+    assert read_onnx(saved(model)).operators["SimplifiedLayerNormalization"] == 1
+    model.graph.node[0].op_type = "Gemmm"
+    assert "No Op registered for Gemmm" in refused(saved(model))
+
+
 def test_every_offence_is_told_at_once(model, saved):
     say(model, "location", "/etc/passwd")
     weight(model, "b").data_type = 99
