@@ -53,7 +53,7 @@ def text(tmp_path: Path) -> Path:
         (("--bits", 32), "F32", {"F32"}),
         (("--bits", 16, "--dialect", "standard"), "F16", {"F16"}),
         (("--bits", 8), "INT8", {"F32", "int8-g32-sym-float32"}),
-        ((), "INT4", {"F32", "int4-g32-zp-float32"}),
+        ((), "INT4", {"F32", "int4-g32-zp-float32", "int4-g128-zp-float32"}),
         (("--type", "int4_m"), "INT4_M", {"F32", "int4-g32-zp-float32", "int8-g32-sym-float32"}),
         (("--type", "INT4-g128-sym"), "int4-g128-sym", {"F32", "int4-g128-sym"}),
     ],
