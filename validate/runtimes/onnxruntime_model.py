@@ -14,6 +14,8 @@ import numpy as np
 import onnxruntime
 
 from llmx.errors import CheckFailed, IntegrityError, UsageError
+from llmx.exporters.onnx_genai import CONFIG_NAME
+from llmx.formats.json_text import read_object
 from llmx.formats.onnx import LOGITS, MASK, PARTS, POSITIONS, TOKENS, past, present
 from llmx.validate.runtimes import Speed
 from llmx.validate.runtimes.memory import peak_rss_bytes
@@ -48,6 +50,7 @@ class LoadedGraph:
         self._check_names(artifact)
         self.width = int(self._session.get_outputs()[self._outputs.index(LOGITS)].shape[-1])
         self.build = f"onnxruntime {onnxruntime.__version__}, {PROVIDER}, {platform.machine()}, optimization {level}"
+        self._artifact = artifact
         self._cache = self._empty()
         self._load_seconds = time.monotonic() - started
 
@@ -120,7 +123,10 @@ class LoadedGraph:
         values = {}
         for key in self._keys():
             one = self._inputs[past(*key)]
-            shape = (1, one.shape[1], 0, one.shape[3])
+            heads, size = one.shape[1], one.shape[3]
+            if isinstance(size, str):  # graphs of onnxruntime-genai's builder leave it open
+                size = _stated_head_size(self._artifact, size)
+            shape = (1, heads, 0, size)
             values[one.name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, NUMPY[one.type]))
         return Cache(values)
 
@@ -139,6 +145,19 @@ class LoadedGraph:
     def _check_fits(self, length: int) -> None:
         if length > self._context:
             raise UsageError(f"{length} tokens do not fit the context of {self._context} that was asked for")
+
+
+def _stated_head_size(artifact: Path, name: str) -> int:
+    """Elements of a head, of a graph that gives them a name only.
+
+    Raises: IntegrityError where the configuration beside it does not say.
+    """
+    path = artifact.with_name(CONFIG_NAME)
+    told = read_object(path).get("model", {}) if path.is_file() else {}
+    found = told.get("decoder", {}).get("head_size") if isinstance(told, dict) else None
+    if not isinstance(found, int) or found < 1:
+        raise IntegrityError(f"the cache's last axis is {name!r}, and no {CONFIG_NAME} says its size", where=artifact)
+    return found
 
 
 def _failed(run: Callable[[], Any]) -> Any:
