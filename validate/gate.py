@@ -174,6 +174,7 @@ DEFAULTS: Mapping[str, Mapping[str, Bound]] = {
         "int4-g16": Bound(0.3, 0.5, 1.5),  # 5 to 6.5
         "int4-g32": Bound(0.3, 0.5, 1.5),  # 4.5 to 5.1
         "int4": Bound(0.6, 0.3, 2.0),  # 4.1 to 4.6, in larger groups
+        "int2": Bound(1.5, 0.15, 4.0),  # 2.1 to 4.5
     },
 }
 COARSEST = Bound(1.5, 0.15, 4.0)  # for a type that is not in the table

@@ -41,7 +41,18 @@ def test_the_sample_text_is_long_enough_for_a_large_vocabulary_and_has_many_scri
 
 
 def test_every_type_has_both_limits():
-    assert set(RMS_LIMITS) == set(DEFAULTS["gguf"])
+    groups = {name for name in RMS_LIMITS if name.startswith("int")}
+    assert set(RMS_LIMITS) - groups == set(DEFAULTS["gguf"])
+    assert {name.partition("-")[0] for name in groups} <= set(DEFAULTS["onnx"])
+
+
+def test_whole_numbers_in_groups_have_the_limit_of_their_bits_and_groups():
+    def tensor(type_name: str) -> GgufTensor:
+        return GgufTensor("t", type_name, (8, 256), 0, 0)
+
+    table = DEFAULTS["onnx"]
+    for name, row in (("int4-g32-zp-float32", "int4-g32"), ("int4-g128-sym", "int4"), ("int8-channel-sym", "int8")):
+        assert default_bound([tensor(name)], "onnx") == table[row]
 
 
 def test_the_default_limits_follow_the_mix_of_types():
