@@ -12,6 +12,7 @@ from llmx.exporters import format_types
 from llmx.exporters.encoding import GROUP_ENCODINGS
 from llmx.exporters.gguf_general import identify
 from llmx.exporters.onnx_genai import NO_TOKENIZER, REQUIRED
+from llmx.exporters.onnx_imports import import_ir
 from llmx.exporters.onnx_repack import TAKEN, TakenOver, source_notes, taking_over
 from llmx.exporters.onnx_types import BY_BITS, OnnxMix, find_mix, planned_scales, planned_types, wanted_types
 from llmx.exporters.target import Asked, WrittenTensor
@@ -47,7 +48,7 @@ class OnnxFormat:
 
     name = "onnx"
     types = format_types.ONNX
-    takes = frozenset({"dialect", "target_size", "target_bpw"})
+    takes = frozenset({"dialect", "ort", "target_size", "target_bpw"})
     is_folder = True
     kept_type = TAKEN
     libraries = ("onnx", "onnx-ir")
@@ -73,6 +74,7 @@ class OnnxFormat:
             raise RuntimeMissing(
                 f"writing ONNX needs the packages {' and '.join(missing)}", fix="pip install 'llmx[onnx]'"
             )
+        import_ir()
         from llmx.exporters.onnx import DIALECTS
 
         dialect = asked.dialect or DIALECT
