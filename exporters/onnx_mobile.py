@@ -101,7 +101,8 @@ def mobile_report(path: Path) -> dict[str, dict[str, Any]]:
     unchecked: conditions of operators that were taken on trust. note: in words.
     Raises: RuntimeMissing without onnxruntime; IntegrityError for a broken or hostile graph.
     """
-    checker = _tool(CHECKER)
+    _require()
+    checker = importlib.import_module(CHECKER)
     path = graph_path(Path(path))
     read_onnx(path)
     model = _with_sizes(path)
@@ -140,24 +141,42 @@ def _told(one: Mapping[str, Any]) -> str:
     return f"{text}; it has no {left}" if left else text
 
 
+def report_or_reason(path: Path) -> dict[str, Any]:
+    """{"accelerators": mobile_report(path), "lines": it in words}; without onnxruntime only why there is none."""
+    try:
+        report = mobile_report(path)
+    except RuntimeMissing as error:
+        return {"accelerators": None, "lines": [f"not known: {error.what}"]}
+    return {"accelerators": report, "lines": mobile_lines(report)}
+
+
+def derived(path: Path) -> list[Path]:
+    """Where `convert` writes."""
+    return [path.with_suffix(suffix) for suffix in (OPERATORS_SUFFIX, ORT_SUFFIX)]  # the file itself last
+
+
+def check_convertible(nbytes: int, where: Path | None = None) -> None:
+    """Raise UnsupportedError where a graph of so many bytes fits no .ort file, RuntimeMissing without onnxruntime."""
+    _require()
+    if nbytes > LARGEST_ORT:
+        what = f"a graph of {nbytes} bytes does not fit an .ort file, which holds at most {LARGEST_ORT}"
+        raise UnsupportedError(what, where=where, fix="use model.onnx with its data file, or fewer bits")
+
+
 def convert(path: Path) -> Path:
     """Write the .ort file of a graph beside it, and the list of operators that it takes; return the file's path.
 
     An .ort file holds its weights, so that a phone loads one file, and a minimal build of onnxruntime reads it.
     Raises: UnsupportedError for weights of 2 GiB and more; RuntimeMissing; IntegrityError with onnxruntime's words.
     """
-    _tool(CONVERTER)
+    _require()
     path = graph_path(Path(path)).absolute()
-    size = read_onnx(path).nbytes
-    if size > LARGEST_ORT:
-        what = f"a graph of {size} bytes does not fit an .ort file, which holds at most {LARGEST_ORT}"
-        raise UnsupportedError(what, where=path, fix="use model.onnx with its data file, or fewer bits")
+    check_convertible(read_onnx(path).nbytes, path)
     with tempfile.TemporaryDirectory(prefix=".ort-", dir=path.parent) as folder:
         _run(path, Path(folder))
-        target = path.with_suffix(ORT_SUFFIX)
-        for suffix in (OPERATORS_SUFFIX, ORT_SUFFIX):  # the file itself last
-            _published(Path(folder) / path.with_suffix(suffix).name, path.with_suffix(suffix))
-    return target
+        for target in derived(path):
+            _published(Path(folder) / target.name, target)
+    return derived(path)[-1]
 
 
 def _run(path: Path, folder: Path) -> None:
@@ -191,8 +210,7 @@ def _named(node: NodeProto) -> str:
     return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
 
 
-def _tool(module: str) -> Any:
+def _require() -> None:
     missing = [package for package in ("onnxruntime", "onnx") if importlib.util.find_spec(package) is None]
     if missing:
         raise RuntimeMissing(f"this takes the package {missing[0]}", fix="pip install 'llmx[onnx]'")
-    return importlib.import_module(module)

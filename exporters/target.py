@@ -43,6 +43,7 @@ class Asked:
     imatrix: Path | None = None
     split_max_size: str | None = None
     dialect: str | None = None
+    ort: bool | None = None
     target_size: str | None = None
     target_bpw: float | None = None
 

@@ -39,6 +39,7 @@ def commands() -> None:
 @options.threads
 @click.option("--validate/--no-validate", default=True, show_default=True, help="Rerun the artifact on its runtime.")
 @options.limits
+@click.option("--ort", is_flag=True, default=None, help="ONNX: write an .ort file too, for onnxruntime on phones.")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
 @options.json_option
 def export(output: Path | None, validate: bool, force: bool, as_json: bool, **chosen: Any) -> None:

@@ -31,7 +31,8 @@ def export(result: ExportResult) -> str:
         lines.append("  not validated: run `llmx validate` before anybody relies on it")
     else:
         lines += ["", report(result.validation).rstrip()]
-    return "\n".join([*lines, f"report: {result.report_path}"])
+    converted = [] if result.ort is None else [f"for phones: {result.ort}"]
+    return "\n".join([*lines, *converted, f"report: {result.report_path}"])
 
 
 def calibrated(result: CalibrateResult) -> str:
@@ -89,6 +90,8 @@ def file(found: dict[str, Any]) -> str:
     ]
     if operators := found.get("operators"):
         lines.insert(2, _table(("operator", "nodes"), [(name, str(count)) for name, count in operators.items()]))
+    if phones := found.get("phones"):
+        lines.insert(3, "\n".join(["on phones", *(f"  {line}" for line in phones["lines"])]))
     return "\n".join(lines)
 
 

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What an export made. `artifact` is the file to load, `manifest` and `report_path` the JSON files beside it."""
+    """What an export made. `artifact` is the file to load, `manifest` and `report_path` the JSON files beside it.
+
+    ort: the .ort file that was made of the artifact.
+    """
 
     artifact: Path
     nbytes: int
@@ -34,6 +37,7 @@ class ExportResult:
     plan: dict[str, Any] = field(repr=False)
     validation: Report | None = None
     solved: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    ort: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object `llmx export --json` prints."""
@@ -51,6 +55,7 @@ class ExportResult:
             "method": self.plan["quantization"]["recipe"]["method"],
             "notes": self.plan["notes"],
             "fall_backs": self.plan["fall_backs"],
+            "ort": None if self.ort is None else str(self.ort),
         }
 
 
@@ -69,6 +74,10 @@ def export(request: ExportRequest) -> ExportResult:
     exporter, model, is_folder = prepared.exporter, prepared.model, prepared.format.is_folder
     targets = exporter.targets(request.output)
     workplace = _workplace(prepared, targets)
+    if request.ort:
+        from llmx.exporters.onnx_mobile import check_convertible
+
+        check_convertible(exporter.plan.nbytes)
     if request.validate:
         require_runtime(request.format)
         require_memory(exporter.plan.parameters)
@@ -104,7 +113,14 @@ def export(request: ExportRequest) -> ExportResult:
         plan=told,
         validation=report,
         solved=tuple(told["solved"]),
+        ort=_converted(targets[0]) if request.ort else None,
     )
+
+
+def _converted(artifact: Path) -> Path:
+    from llmx.exporters.onnx_mobile import convert
+
+    return convert(artifact)
 
 
 def _workplace(prepared: Prepared, targets: list[Path]) -> Path:

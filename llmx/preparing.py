@@ -27,6 +27,7 @@ FORMAT_OPTIONS = {
     "imatrix": "--imatrix",
     "split_max_size": "--split-max-size",
     "dialect": "--dialect",
+    "ort": "--ort",
     "target_size": "--target-size",
     "target_bpw": "--target-bpw",
 }
@@ -37,6 +38,7 @@ class ExportRequest:
     """Everything `llmx export` can be told. `output` is a folder, or a file for one-file formats.
 
     method, effort: None takes the recipe's, or auto and balanced. dialect: None takes the format's own first one.
+    ort: whether an .ort file, made of the artifact and not part of it, is written beside it.
     output: None takes the current folder, or one in it that is named after the artifact where that is a folder.
     from_manifest: a manifest that says all that shapes the bytes; model may then be empty where the manifest names a
     hub id.
@@ -47,6 +49,7 @@ class ExportRequest:
     bits: int | None = None
     type_name: str | None = None
     dialect: str | None = None
+    ort: bool | None = None
     revision: str | None = None
     method: str | None = None
     effort: str | None = None

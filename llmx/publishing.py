@@ -55,21 +55,20 @@ def publish(
 def _replaced(targets: Sequence[Path]) -> list[Path]:
     """What the artifact that stood in this folder has and the new one has not, by the old one's manifest.
 
-    A chat template of another model, say, would be taken for the new one's. A broken manifest says nothing.
+    A chat template of another model, say, would be taken for the new one's. A broken manifest says nothing. What was
+    made of the old one is no more of use than the old one.
     """
     from llmx.exporters.manifest import manifest_path
     from llmx.exporters.manifest_reader import read_manifest
+    from llmx.exporters.onnx_mobile import derived
 
     try:
         had = read_manifest(manifest_path(targets[0])).files
     except LlmxError:
         return []
     left = [(targets[0].with_name(file.name), file.nbytes) for file in had]
-    return [
-        path
-        for path, nbytes in left
-        if path not in targets and path.is_file() and not path.is_symlink() and path.stat().st_size == nbytes
-    ]
+    same = [path for path, nbytes in left if path.is_file() and path.stat().st_size == nbytes]
+    return [path for path in (*same, *derived(targets[0])) if path not in targets and not path.is_symlink()]
 
 
 def _report_path(artifact: Path) -> Path:

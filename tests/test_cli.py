@@ -263,6 +263,7 @@ def test_single_tensors_and_shards_are_as_asked_for(tmp_path: Path, here: Callab
         (["plan", EXAMPLE, "--target-bpw", "-1"], 2, "no number of bits"),
         (["plan", EXAMPLE, "--target-bpw", "4", "--tensor-type", ".=Q8_0"], 2, "name the type of every tensor"),
         (["plan", EXAMPLE, "--dialect", "ort"], 2, "gguf has no use"),
+        (["export", EXAMPLE, "--ort"], 2, "gguf has no use"),
         (["plan", EXAMPLE, "--format", "onnx", "--dialect", "latin"], 2, "ort, standard"),
         (["plan", EXAMPLE, "--format", "onnx", "--bits", "5"], 2, "size class"),
         (

@@ -15,6 +15,7 @@ from llmx.exporters.gguf_tensors import Entry, Piece, assembled, read_rows
 from llmx.exporters.manifest import manifest_path
 from llmx.exporters.manifest_reader import HashedTensor, read_manifest
 from llmx.exporters.onnx_genai import CONFIG_NAME
+from llmx.exporters.onnx_mobile import report_or_reason
 from llmx.formats.onnx import MODEL_NAME
 from llmx.formats.onnx_reader import graph_path
 from llmx.models.architecture import Architecture, TensorSpec
@@ -57,6 +58,7 @@ class OnnxKind:
             "producer": " ".join(graph.producer),
             "opsets": {domain or "ai.onnx": version for domain, version in graph.opsets.items()},
             "operators": graph.operators,
+            "phones": report_or_reason(file.paths[0]),
             "metadata": {key: {"type": "str", "value": value} for key, value in file.metadata.items()},
         }
 

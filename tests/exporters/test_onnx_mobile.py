@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import Done
 
 pytest.importorskip("onnx_ir", reason="the package onnx-ir is not installed: pip install 'llmx[onnx]'")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'llmx[onnx]'")
@@ -13,6 +16,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip ins
 import onnxruntime
 from onnx import defs
 
+from llmx import api
 from llmx.errors import IntegrityError, UnsupportedError, UsageError
 from llmx.exporters import onnx_mobile
 from llmx.exporters.onnx import DIALECTS, OnnxOptions, prepare, write
@@ -106,3 +110,43 @@ def test_what_onnxruntime_says_of_a_graph_it_does_not_convert_is_told(
     with pytest.raises(IntegrityError, match="NoSuchOperator"):
         convert(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+
+
+def test_the_command_writes_an_ort_file_of_the_artifact_and_no_old_one_stays(
+    here: Callable[..., Done], tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    chosen = ("export", EXAMPLE, "--format", "onnx", "--no-validate", "--threads", 1, "-o", made)
+    done = here(*chosen, "--type", "INT8", "--method", "rtn", "--ort", "--json")
+    assert done.code == 0, done.stderr
+    assert done.told["ort"] == str(made / "model.ort")
+    assert np.abs(logits(made / "model.ort") - logits(made / "model.onnx")).max() < 1e-4
+    assert here("verify", made / "model.onnx").code == 0
+    done = here(*chosen, "--type", "F32", "--force")
+    assert done.code == 0, done.stderr
+    assert not list(made.glob("*.ort")) and not list(made.glob("*.config"))
+
+
+def test_an_ort_file_is_for_onnx_and_for_what_fits(
+    here: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = here("export", EXAMPLE, "--ort", "-o", tmp_path)
+    assert done.code == 2 and "--ort" in done.stderr
+    monkeypatch.setattr(onnx_mobile, "LARGEST_ORT", 1000)
+    request = api.ExportRequest(str(EXAMPLE), "onnx", bits=32, ort=True, validate=False, output=tmp_path / "made")
+    with pytest.raises(UnsupportedError, match="at most 1000"):
+        api.export(request)
+    assert not (tmp_path / "made").exists()
+
+
+def test_inspecting_a_graph_tells_what_phones_take_of_it(here: Callable[..., Done], folder: Path) -> None:
+    done = here("inspect", folder)
+    assert done.code == 0 and "on phones" in done.stdout and "NNAPI" in done.stdout
+    told = here("inspect", folder, "--json").told["phones"]
+    assert told["accelerators"].keys() == ACCELERATORS.keys() and len(told["lines"]) == 3
+
+
+def test_without_onnxruntime_a_report_says_that_there_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    told = onnx_mobile.report_or_reason(folder)
+    assert told["accelerators"] is None and "onnxruntime" in told["lines"][0]
