@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/llmx export examples/tiny-qwen3 --format gguf --bits 4 -o demo-output --force
 
 test: $(TESTABLE)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 test-slow: $(TESTABLE)
 	$(BIN)/pytest -m slow

@@ -291,7 +291,10 @@ def _spans(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 def _same(a: _Tensor, b: _Tensor) -> bool:
     import numpy as np
 
-    return all(np.array_equal(a.raw(*span).view(np.uint8), b.raw(*span).view(np.uint8)) for span in _spans(a.shape))
+    def held(side: _Tensor, span: tuple[int, int]) -> np.ndarray:
+        return np.ascontiguousarray(side.raw(*span)).reshape(-1).view(np.uint8)
+
+    return all(np.array_equal(held(a, span), held(b, span)) for span in _spans(a.shape))
 
 
 def _rms(a: _Tensor, b: _Tensor) -> float | None:

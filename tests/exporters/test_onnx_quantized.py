@@ -249,7 +249,8 @@ def test_the_plan_shows_weights_once_and_the_groups_that_do_not_fit(tmp_path: Pa
     read = sum(one.rows * one.cols for one in planned.model.weights())
     assert planned.plan.parameters == read
     assert {(step.name, step.type_name, step.wanted) for step in planned.plan.fall_backs} == {
-        (f"layers.{layer}.down.weight.codes", "int4-g16-zp-float32", "int4-g32-zp-float32") for layer in (0, 1)
+        *((f"layers.{n}.down.weight.codes", "int4-g16-zp-float32", "int4-g32-zp-float32") for n in (0, 1)),
+        *((f"{name}.weight.codes", "int4-g32-zp-float32", "int4-g128-zp-float32") for name in ("embedding", "head")),
     }
     named = json.loads(planned.graph.metadata_props[TYPES_KEY])
     assert named == planned.options.types
