@@ -126,8 +126,17 @@ def _tasks(placed: Sequence[Placed], rows: Rows, effort: Effort) -> Iterator[Tas
         if matrix is None:
             for one in found:
                 yield from _float_tasks(one)
+                yield partial(_handed_back, one.stored.pieces)
         else:
             yield from _quantized_tasks(matrix, {one.stored.part: one for one in found}, rows, effort)
+            yield partial(_handed_back, matrix.pieces)
+
+
+def _handed_back(pieces: Sequence[Piece]) -> list[Block]:
+    """No bytes. Reading maps more pages than those of the rows asked for: what is left of the pieces goes back, too."""
+    for piece in pieces:
+        piece.weight.release(piece.start, piece.start + piece.rows)
+    return []
 
 
 # ── floats ───────────────────────────────────────────────────────────────────────────────────────────────────────────
