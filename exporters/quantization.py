@@ -48,7 +48,10 @@ FLOAT_BITS = 16.0
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """recipe: what was asked for, spelt out. text: None where nothing is calibrated. notes: for the user."""
+    """recipe: what was asked for, spelt out. text: None where nothing is calibrated. notes: for the user.
+
+    inputs_only: what is calibrated are the scales of inputs; weights are rounded, as without a text.
+    """
 
     recipe: Recipe
     resolved: Mapping[str, Resolved]
@@ -58,6 +61,12 @@ class Quantization:
     device: str = "cpu"
     statistics: Path | None = None
     notes: tuple[str, ...] = ()
+    inputs_only: bool = False
+
+    @property
+    def rounds(self) -> bool:
+        """Whether every tensor is just rounded to the nearest."""
+        return _rounds(self.resolved)
 
     @property
     def calibrated(self) -> bool:
@@ -66,7 +75,7 @@ class Quantization:
     @property
     def solver(self) -> str | None:
         """What the artifact says of how its weights were changed; None where they are rounded."""
-        if self.text is None:
+        if self.text is None or self.inputs_only:
             return None
         return SCALED if any(got.transform is not None for got in self.resolved.values()) else SOLVED
 

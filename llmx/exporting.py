@@ -159,6 +159,9 @@ def _written(prepared: Prepared, partial: list[Path]) -> tuple[list[WrittenTenso
 
     planned = assignments(prepared.quantization, prepared.exporter.types_to_solve())
     calibration, store = calibration_of(prepared.model, prepared.quantization, planned)
+    if prepared.quantization.inputs_only:
+        exporter = prepared.exporter.calibrated(prepared.model, calibration, prepared.threads)
+        return _write(exporter, partial, None), None
     with tempfile.TemporaryDirectory(prefix="solved-", dir=partial[0].parent) as folder:
         effort = prepared.quantization.recipe.effort
         solved = solve_tensors(

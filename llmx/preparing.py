@@ -132,6 +132,12 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
     if manifest is not None:
         rebuilding.call_it_as_before(model, manifest)
     decided = quantization.quantization(model, wishes, recipe, draft.base, threads, target.types)
+    decided = replace(decided, inputs_only=draft.measures_inputs and decided.rounds)
+    if decided.inputs_only and request.statistics is not None:
+        raise UsageError(
+            f"--statistics keeps what weights are solved with, and {draft.type_name} rounds them",
+            fix="leave it out, or choose --method gptq",
+        )
     exporter = draft.planned(model, decided, threads)
     if request.target_size is not None or request.target_bpw is not None:
         exporter = _within_budget(request, exporter, decided.text, threads)

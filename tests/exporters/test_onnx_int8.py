@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 from family_cases import CASES, decoded_logits, kl, random_tokens, reference_logits, save  # noqa: E402
 
 from llmx import api  # noqa: E402
-from llmx.errors import IntegrityError  # noqa: E402
+from llmx.errors import IntegrityError, UsageError  # noqa: E402
 from llmx.exporters.encoding import encoding  # noqa: E402
 from llmx.exporters.onnx import DIALECTS, OnnxExport, OnnxOptions, prepare, write  # noqa: E402
 from llmx.exporters.onnx_activations import input_scales  # noqa: E402
@@ -278,7 +279,7 @@ def some_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def exported(target: Path, text: Path, **options: str) -> api.ExportResult:
+def exported(target: Path, text: Path, **options: Any) -> api.ExportResult:
     request = api.ExportRequest(
         str(EXAMPLE),
         "onnx",
@@ -302,6 +303,13 @@ def test_a_static_export_measures_even_where_weights_are_just_rounded(some_text:
     layers = open_model(EXAMPLE).architecture.layers
     assert len(scales) == 3 * layers and len({float(scale) for scale in scales.values()}) > layers
     assert all(0 < scale < 1 for scale in scales.values())
+    told = json.loads(result.report_path.read_text())["export"]
+    assert told["solved"] == [] and told["quantization"]["calibration"]["text"] == some_text.name
+
+
+def test_a_static_export_that_solves_nothing_has_no_statistics_to_keep(some_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--statistics"):
+        exported(tmp_path / "out", some_text, type_name="W8A8_STATIC", statistics=tmp_path / "kept")
 
 
 def test_smoothquant_and_static_scales_meet_and_what_was_measured_passes_as_it_is(
