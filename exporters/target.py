@@ -5,14 +5,13 @@ Format ── a recipe and options ── Draft ── a model ── Exporter �
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmx.errors import UsageError
+from llmx.registry import declared_names, found
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,16 +165,12 @@ class Format(Protocol):
 
 def format_names() -> list[str]:
     """Every known format's name: ours, then those that installed packages declare."""
-    declared = {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-    return [*EXPORTERS, *sorted(declared - EXPORTERS.keys())]
+    return [*EXPORTERS, *sorted(declared_names(ENTRY_POINTS) - EXPORTERS.keys())]
 
 
 def find_format(name: str) -> Format:
     """Import and return the format of that name. Raises: UsageError, with the names there are."""
-    target = EXPORTERS.get(name)
-    if target is not None:
-        module, _, attribute = target.partition(":")
-        return getattr(importlib.import_module(module), attribute)()
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
-        return entry.load()()
-    raise UsageError(f"there is no format {name!r}", fix=f"choose one of {', '.join(format_names())}")
+    known = found(name, EXPORTERS, ENTRY_POINTS)
+    if known is None:
+        raise UsageError(f"there is no format {name!r}", fix=f"choose one of {', '.join(format_names())}")
+    return known

@@ -6,7 +6,6 @@ ArtifactKind   what is done with a container of one format                  gguf
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from llmx.errors import IntegrityError, UsageError
+from llmx.registry import loaded
 
 if TYPE_CHECKING:
     from llmx.exporters.gguf_tensors import Entry
@@ -200,8 +200,7 @@ def sizes(file: Container) -> dict[str, Any]:
 
 def kind_named(name: str) -> ArtifactKind:
     """The kind of that format, imported when it is asked for."""
-    module, _, attribute = KINDS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return loaded(KINDS[name])
 
 
 def kind_of(file: Container) -> ArtifactKind:

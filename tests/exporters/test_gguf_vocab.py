@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_cases import letters
 
 from llmx.errors import IntegrityError, UnsupportedError
 from llmx.exporters.gguf_vocab import end_tokens, limits, model_name, vocabulary, vocabulary_rows
@@ -84,25 +85,7 @@ def test_the_corpus_is_in_normal_form_and_its_counterpart_is_not() -> None:
 
 
 def _made(tokens: list[str | None], types: list[int], **changes: Any) -> Tokenizer:
-    made = Tokenizer(
-        kind="byte_bpe",
-        tokens=tuple(tokens),
-        types=tuple(types),
-        scores=(),
-        merges=(),
-        pre="gpt-2",
-        special={"eos": 0},
-        end_ids=(0,),
-        add_bos=False,
-        add_eos=False,
-        add_space_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization=None,
-        charsmap=None,
-        templates={},
-        strips_right=(),
-        differences=(),
-    )
+    made = replace(letters(0), tokens=tuple(tokens), types=tuple(types), special={"eos": 0}, end_ids=(0,))
     return replace(made, **changes)
 
 

@@ -336,10 +336,11 @@ def test_formats_are_found_by_name_and_what_other_packages_declare_is_among_them
 ) -> None:
     from importlib.metadata import EntryPoint, EntryPoints
 
+    from llmx import registry
     from llmx.exporters import target
 
     declared = EntryPoints([EntryPoint("other", "llmx.exporters.onnx_target:OnnxFormat", target.ENTRY_POINTS)])
-    monkeypatch.setattr(target.importlib.metadata, "entry_points", declared.select)
+    monkeypatch.setattr(registry.importlib.metadata, "entry_points", declared.select)
     assert format_names() == [*EXPORTERS, "other"]
     assert type(find_format("other")) is type(find_format("onnx"))
     with pytest.raises(UsageError, match="gguf, onnx, other"):

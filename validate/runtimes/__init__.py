@@ -6,8 +6,6 @@ Nothing here imports a runtime: the registry holds import paths, resolved by `fi
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from llmx.errors import UsageError
+from llmx.registry import declared_names, found
 
 ENTRY_POINTS = "llmx.runtimes"
 
@@ -127,16 +126,12 @@ class Runtime(Protocol):
 
 def runtime_names() -> list[str]:
     """Return every known runtime's name, sorted: ours, then those that installed packages declare."""
-    declared = {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-    return sorted(RUNTIMES.keys() | declared)
+    return sorted(RUNTIMES.keys() | declared_names(ENTRY_POINTS))
 
 
 def find_runtime(name: str) -> Runtime:
     """Import and return the runtime of that name. Raises UsageError, with the names there are."""
-    target = RUNTIMES.get(name)
-    if target is not None:
-        module, _, attribute = target.partition(":")
-        return getattr(importlib.import_module(module), attribute)()
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
-        return entry.load()()
-    raise UsageError(f"no runtime is called {name!r}", fix=f"choose one of: {', '.join(runtime_names())}")
+    known = found(name, RUNTIMES, ENTRY_POINTS)
+    if known is None:
+        raise UsageError(f"no runtime is called {name!r}", fix=f"choose one of: {', '.join(runtime_names())}")
+    return known
