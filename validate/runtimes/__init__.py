@@ -10,12 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from llmx.errors import UsageError
 from llmx.registry import declared_names, found
+
+if TYPE_CHECKING:
+    from typing import Self  # newer than the Python that some workers run on
 
 ENTRY_POINTS = "llmx.runtimes"
 

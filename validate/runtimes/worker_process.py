@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from llmx.errors import (
     UnsupportedError,
     UsageError,
 )
+from llmx.interpreter import python_command, python_environment
 from llmx.validate.runtimes import Speed
 from llmx.validate.runtimes.frames import read_frame, write_frame
 
@@ -43,25 +43,36 @@ _LONGEST_LINE = 4096
 
 
 class WorkerProcess:
-    """`python -m module`, asked by frames on its standard input, answering on its standard output.
+    """A module run as a program, asked by frames on its standard input, answering on its standard output.
 
     Its standard error is drained into a bounded buffer, whose end goes into the error when it dies.
     `folder`, where given, is its own and is removed when it ends.
     """
 
     def __init__(
-        self, module: str, *, label: str, timeout: float, environment: Mapping[str, str], folder: Path | None = None
+        self,
+        module: str,
+        *,
+        label: str,
+        timeout: float,
+        environment: Mapping[str, str],
+        folder: Path | None = None,
+        python: str | None = None,
     ) -> None:
+        """python: the interpreter to run it, None for this one. Raises RuntimeMissing where it cannot be started."""
         self._label = label
         self._timeout = timeout
-        # -P keeps the caller's folder off the import path: a file `json.py` there must not be run.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **environment},
-        )
+        try:
+            self._process = subprocess.Popen(
+                python_command(module, python),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=python_environment(python, environment),
+            )
+        except OSError as error:
+            what = f"the Python that {label} is to run in cannot be started: {error}"
+            raise RuntimeMissing(what, where=python or sys.executable) from error
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         stderr = cast(BinaryIO, self._process.stderr)
         self._drain = threading.Thread(target=_drain, args=(stderr, self._lines), daemon=True)
@@ -173,6 +184,7 @@ class ArtifactWorker:
         timeout: float = ANSWER_SECONDS,
         environment: Mapping[str, str] | None = None,
         death: type[LlmxError] = CheckFailed,
+        python: str | None = None,
         **options: Any,
     ) -> None:
         """options: further entries of the question "open". Raises IntegrityError, also where the worker dies of it.
@@ -180,7 +192,9 @@ class ArtifactWorker:
         death: the error where the worker dies of a later question.
         """
         self._artifact, self._death, self._sequence = artifact, death, 0
-        self._process = WorkerProcess(module, label=label, timeout=timeout, environment=environment or {})
+        self._process = WorkerProcess(
+            module, label=label, timeout=timeout, environment=environment or {}, python=python
+        )
         try:
             asked = {"artifact": str(artifact), **options}
             self.about, _ = self._process.ask("open", death=IntegrityError, where=artifact, **asked)
