@@ -1,0 +1,181 @@
+"""Fuzzes the readers of untrusted files: of any bytes, only the project's own errors may come out, within a second.
+
+    python bench/fuzz.py gguf --runs 100000
+    for reader in $(python bench/fuzz.py --list); do python bench/fuzz.py $reader || break; done
+
+atheris (libFuzzer) mutates the files of tests/corpus/READER and what it finds on the way, led by the lines that they
+reach. A crash, a run of over a second or over 256 MB of memory ends it with an exit code that is not 0, and the bytes
+are left in the current folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import atheris
+
+with atheris.instrument_imports(include=["llmx."]):
+    from llmx.errors import LlmxError
+    from llmx.exporters.manifest_reader import read_manifest
+    from llmx.exporters.recipe_file import read_recipe
+    from llmx.formats.gguf_reader import read_gguf
+    from llmx.formats.imatrix import read_imatrix
+    from llmx.formats.onnx_reader import read_onnx
+    from llmx.formats.safetensors import open_safetensors
+    from llmx.models.calibration_text import read_calibration
+    from llmx.models.chat_template import render
+    from llmx.models.checkpoint import open_checkpoint
+    from llmx.models.model import open_model
+    from llmx.models.tokenizer import open_tokenizer
+    from llmx.validate.gate_file import read_gate
+
+CORPUS = Path(__file__).parents[1] / "tests" / "corpus"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
+MESSAGES = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
+SECONDS, MEGABYTES = 1, 256
+LONGEST = 1 << 16  # bytes of an input
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """file: the name that the bytes get. read: what is called with its path. beside: of the example, what else lies
+    in the folder. json: where in the bytes a JSON text begins, whose values are mutated too; None for no such."""
+
+    file: str
+    read: Callable[[Path], object]
+    beside: tuple[str, ...] = ()
+    json: int | None = None
+
+
+def _rendered(path: Path) -> str:
+    template = path.read_text(encoding="utf-8", errors="replace")
+    return render(template, MESSAGES, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
+
+
+READERS: dict[str, Reader] = {
+    "gguf": Reader("model.gguf", read_gguf),
+    "safetensors": Reader("model.safetensors", open_safetensors, json=8),
+    "index": Reader("model.safetensors.index.json", lambda path: open_checkpoint(path.parent), ("config.json",), 0),
+    "config": Reader("config.json", lambda path: open_model(path.parent), ("model.safetensors",), 0),
+    "onnx": Reader("model.onnx", read_onnx),
+    "tokenizer": Reader("tokenizer.json", lambda path: open_tokenizer(path.parent), ("tokenizer_config.json",), 0),
+    "template": Reader("chat_template.jinja", _rendered),
+    "imatrix": Reader("imatrix.gguf", read_imatrix),
+    "legacy-imatrix": Reader("imatrix.dat", read_imatrix),
+    "recipe": Reader("recipe.yaml", read_recipe),
+    "gate": Reader("gate.yaml", read_gate),
+    "manifest": Reader("model.manifest.json", read_manifest, json=0),
+    "calibration": Reader("chats.jsonl", read_calibration, json=0),
+}
+
+
+def mutated(data: bytes, start: int, chance: random.Random) -> bytes | None:
+    """The bytes with one value of their JSON text, which begins at start, removed, doubled or made hostile; None where
+    there is none. In front of the text of a safetensors file stands its length, u64."""
+    try:
+        end = 8 + int.from_bytes(data[:8], "little") if start else len(data)
+        document = json.loads(data[start:end])
+    except (ValueError, RecursionError):
+        return None
+    places = [(document, key) for document in _containers(document) for key in _keys(document)]
+    if not places:
+        return None
+    container, key = chance.choice(places)
+    chance.choice(CHANGES)(container, key, chance)
+    text = json.dumps(document).encode()
+    return (len(text).to_bytes(8, "little") if start else b"") + text + data[end:]
+
+
+def _containers(value: Any) -> list[Any]:
+    found = [value] if isinstance(value, dict | list) else []
+    for container in found:  # grows as it goes
+        found += [one for one in (container[key] for key in _keys(container)) if isinstance(one, dict | list)]
+    return found
+
+
+def _keys(container: Any) -> list[Any]:
+    return list(container) if isinstance(container, dict) else list(range(len(container)))
+
+
+def _replace(container: Any, key: Any, chance: random.Random) -> None:
+    container[key] = chance.choice(HOSTILE)
+
+
+def _remove(container: Any, key: Any, chance: random.Random) -> None:
+    del container[key]
+
+
+def _double(container: Any, key: Any, chance: random.Random) -> None:
+    if isinstance(container, list):
+        container.insert(key, container[key])
+    else:
+        container[f"{key}{chance.choice(('.', '2', '/', ''))}"] = container[key]
+
+
+def _exchange(container: Any, key: Any, chance: random.Random) -> None:
+    other = chance.choice(_keys(container))
+    container[key], container[other] = container[other], container[key]
+
+
+CHANGES = (_replace, _replace, _remove, _double, _exchange)
+HOSTILE: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63), 1e308, float("nan"), 0.5, "", "../x", "/etc/passwd",
+    "\0", "\ud800", "a" * 5000, "9" * 5000, [], {}, [[]], [None], [0] * 1000, {"a": {"a": {"a": {}}}},
+    json.loads("[" * 500 + "]" * 500),
+)  # fmt: skip
+
+
+def fuzz(name: str, runs: int, seed: int) -> None:
+    """Run libFuzzer, which ends the process."""
+    reader = READERS[name]
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        path, found = Path(folder, "read", reader.file), Path(folder, "found")
+        path.parent.mkdir()
+        found.mkdir()
+        for beside in reader.beside:
+            shutil.copy(EXAMPLE / beside, path.parent)
+
+        def once(data: bytes) -> None:
+            path.write_bytes(data)
+            try:
+                reader.read(path)
+            except LlmxError:
+                return
+
+        def mutate(data: bytes, longest: int, number: int) -> bytes:
+            chance = random.Random(number)
+            made = None if reader.json is None or chance.random() < 0.3 else mutated(data, reader.json, chance)
+            return atheris.Mutate(data, longest) if made is None or len(made) > longest else made
+
+        corpus = [str(found), *([str(CORPUS / name)] if (CORPUS / name).is_dir() else [])]
+        limits = ["-len_control=0", f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}", f"-max_len={LONGEST}"]
+        given = [sys.argv[0], f"-runs={runs}", f"-seed={seed}", "-print_final_stats=1", *limits, *corpus]
+        atheris.Setup(given, once, custom_mutator=mutate)
+        atheris.Fuzz()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("reader", nargs="?", choices=READERS)
+    parser.add_argument("--runs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="print the readers' names")
+    chosen = parser.parse_args()
+    if chosen.list or chosen.reader is None:
+        print("\n".join(READERS))
+        return
+    fuzz(chosen.reader, chosen.runs, chosen.seed)
+
+
+if __name__ == "__main__":
+    main()
