@@ -3,13 +3,18 @@
     scales, codes ── pack ── u8[rows, row bytes] ── decode ── f32[rows, cols]
     f32[rows, cols] ── encode (rounded to the nearest on fitted scales) ── u8[rows, row bytes]
 
-There are two kinds: the blocks of ggml (llmx.formats.ggml_packers), under ggml's names, and whole numbers in groups
-(llmx.formats.onnx_groups), under the names of their grids: int4-g32-zp-float32, int8-channel-sym.
+There are three kinds: the blocks of ggml (llmx.formats.ggml_packers), under ggml's names; whole numbers in groups
+(llmx.formats.onnx_groups), under the names of their grids: int4-g32-zp-float32, int8-channel-sym; and FP8
+(llmx.formats.float8_rows): fp8-channel-float32, fp8-tensor-float32.
+
+Where a whole tensor shares its scale, `bound` fixes it first:
+
+    fp8-tensor-float32    f32[all rows, cols] ── bound ── encode, some rows at a time
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Protocol
 
@@ -17,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmx.errors import IntegrityError, UnsupportedError, UsageError
-from llmx.formats import ggml_decode, ggml_packers, onnx_groups
+from llmx.formats import float8_rows, ggml_decode, ggml_packers, onnx_groups
 from llmx.formats.ggml_blocks import BLOCKS, row_bytes
 from llmx.formats.ggml_packers import BlockScales
 from llmx.formats.onnx_groups import GroupLayout, Groups
 from llmx.quant import grid as grids
 from llmx.quant.groups import GROUPS, KINDS, integer_grid
+from llmx.quant.microscaling import Fp8Grid
 from llmx.quant.protocol import Effort, Floats, Grid
 from llmx.quant.stores import STORES
 
@@ -32,11 +38,21 @@ CHUNK = 1 << 16  # weights encoded or decoded at a time: they stay in the core's
 
 
 class Encoding(Protocol):
-    """How rows are kept. Everything that is done with a row is done with it alone: any cut of rows makes the same
-    bytes."""
+    """How rows are kept. Once it is bound, everything that is done with a row is done with it alone: any cut of rows
+    makes the same bytes."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def shared(self) -> bool:
+        """Whether a tensor shares what `bound` fixes; if not, nothing has to be bound."""
+        ...
+
+    def bound(self, weight: Floats, importance: Floats | None = None) -> Encoding:
+        """This encoding with what the whole tensor f32[rows, cols] shares fixed from it; itself where `shared` is
+        false. A stacked tensor's experts are tensors of their own. importance: as in `encode`."""
+        ...
 
     def solvable(self, cols: int) -> bool:
         """Whether `grid` has one for rows of so many weights."""
@@ -73,8 +89,8 @@ class Encoding(Protocol):
     def encode(self, weight: Floats, importance: Floats | None = None, effort: Effort = "balanced") -> Bytes:
         """u8[rows, row bytes]: weight (f32[rows, cols]) rounded to the nearest on the best scales found.
 
-        importance: f32[cols], the mean square of each input. Raises: IntegrityError for NaN, infinity, a weight too
-        large, a broken importance.
+        importance: f32[cols], the mean square of each input. What a tensor shares and nobody bound is fixed from
+        these rows. Raises: IntegrityError for NaN, infinity, a weight too large, a broken importance.
         """
         ...
 
@@ -84,6 +100,10 @@ class BlockEncoding:
     """A ggml type: blocks one after another, or floats."""
 
     name: str
+    shared = False
+
+    def bound(self, weight: Floats, importance: Floats | None = None) -> Encoding:
+        return self
 
     def solvable(self, cols: int) -> bool:
         return self.name in grids.GRIDS and cols % BLOCKS[self.name].weights == 0
@@ -124,6 +144,10 @@ class GroupEncoding:
 
     name: str
     layout: GroupLayout
+    shared = False
+
+    def bound(self, weight: Floats, importance: Floats | None = None) -> Encoding:
+        return self
 
     def solvable(self, cols: int) -> bool:
         return cols % self.layout.group_weights(cols) == 0
@@ -158,9 +182,7 @@ class GroupEncoding:
 
     def encode(self, weight: Floats, importance: Floats | None = None, effort: Effort = "balanced") -> Bytes:
         rows, cols = weight.shape
-        self._check(weight)
-        if importance is not None:
-            grids.check_importance(importance, cols)
+        _check(self, weight, importance)
         grid, data = self._fitted(cols), np.empty((rows, self.row_bytes(cols)), np.uint8)
         missing = -cols % grid.weights
         if importance is not None and missing:  # with the mean, so that the others count as before
@@ -176,15 +198,70 @@ class GroupEncoding:
         """The grid, also of rows whose last group is short."""
         return grids.FACTORIES[self.name](cols)
 
-    def _check(self, weight: Floats) -> None:
-        largest, limit = float(np.abs(weight).max(initial=0.0)), self.limit(weight.shape[1])
-        if largest <= limit:  # NaN is not
-            return
-        told = f"{largest:.6g}, and the largest that {self.name} can store is {limit:.6g}"
+
+@dataclass(frozen=True, slots=True)
+class Float8Encoding:
+    """FP8 (E4M3) with a float32 scale, one a row or one for the tensor. tensor: that one, 0 until it is bound."""
+
+    name: str
+    shared: bool
+    tensor: float = 0.0
+
+    def bound(self, weight: Floats, importance: Floats | None = None) -> Encoding:
+        if not self.shared:
+            return self
+        _check(self, weight, importance)
+        found = self.grid(weight.shape[1]).bound(weight, importance)
+        assert isinstance(found, Fp8Grid), "a grid that is bound is of its own kind"
+        return replace(self, tensor=found.tensor)
+
+    def solvable(self, cols: int) -> bool:
+        return True
+
+    def grid(self, cols: int) -> Grid:
+        return Fp8Grid(self.name, cols, self.shared, self.tensor)
+
+    def limit(self, cols: int) -> float:
+        return self.grid(cols).limit()
+
+    def row_bytes(self, cols: int) -> int:
+        return float8_rows.row_bytes(cols)
+
+    def bits(self, cols: int) -> float:
+        return 8 * self.row_bytes(cols) / cols
+
+    def pack(self, scales: BlockScales, codes: Bytes, out: Bytes | None = None) -> Bytes:
+        return float8_rows.pack(codes, scales.d.astype(np.float32, copy=False), out)
+
+    def decode(self, data: Bytes, cols: int) -> Floats:
+        values = np.empty((len(data), cols), np.float32)
+        for part in _chunks(len(data), cols):
+            values[part] = float8_rows.decode(data[part], cols)
+        return values
+
+    def encode(self, weight: Floats, importance: Floats | None = None, effort: Effort = "balanced") -> Bytes:
+        rows, cols = weight.shape
+        _check(self, weight, importance)
+        grid, data = self.grid(cols), np.empty((rows, self.row_bytes(cols)), np.uint8)
+        grid = grid if self.tensor else grid.bound(weight, importance)
+        for part in _chunks(rows, cols):
+            values = np.ascontiguousarray(weight[part])
+            scales = grid.fit(values, importance, effort)
+            self.pack(scales, grid.round(values, scales), data[part])
+        return data
+
+
+def _check(kept: GroupEncoding | Float8Encoding, weight: Floats, importance: Floats | None) -> None:
+    """Raise IntegrityError for weights that cannot be kept, and for a broken importance."""
+    largest, limit = float(np.abs(weight).max(initial=0.0)), kept.limit(weight.shape[1])
+    if not largest <= limit:  # NaN is not
+        told = f"{largest:.6g}, and the largest that {kept.name} can store is {limit:.6g}"
         raise IntegrityError(
             f"the weight holds {told if np.isfinite(largest) else 'NaN or infinity'}",
             fix="store the tensor as F32, or repair the checkpoint",
         )
+    if importance is not None:
+        grids.check_importance(importance, weight.shape[1])
 
 
 def _chunks(rows: int, cols: int) -> list[slice]:
@@ -208,13 +285,20 @@ GROUP_ENCODINGS: dict[str, GroupEncoding] = {
 }
 """Whole numbers in groups, keyed by the name of the grid."""
 
+FLOAT8_ENCODINGS: dict[str, Float8Encoding] = {
+    made.name: made
+    for made in (Float8Encoding("fp8-channel-float32", shared=False), Float8Encoding("fp8-tensor-float32", shared=True))
+}
+"""FP8, keyed by the name of the grid."""
+
 ENCODINGS: dict[str, Encoding] = {
     **{name: BlockEncoding(name) for name in grids.ENCODABLE},
     **GROUP_ENCODINGS,
+    **FLOAT8_ENCODINGS,
 }
 """Every encoding, keyed by name."""
 
-SOLVABLE: frozenset[str] = frozenset((*grids.GRIDS, *GROUP_ENCODINGS))
+SOLVABLE: frozenset[str] = frozenset((*grids.GRIDS, *GROUP_ENCODINGS, *FLOAT8_ENCODINGS))
 """Those with scales and codes, which a solver can choose."""
 
 
@@ -222,7 +306,8 @@ def encoding(name: str) -> Encoding:
     """The encoding of that name. Raises: UnsupportedError naming the choices."""
     if name not in ENCODINGS:
         raise UnsupportedError(
-            f"weights cannot be kept as {name}", fix=f"one of {', '.join(grids.ENCODABLE)}, {group_names()}"
+            f"weights cannot be kept as {name}",
+            fix=f"one of {', '.join((*grids.ENCODABLE, *FLOAT8_ENCODINGS))}, {group_names()}",
         )
     return ENCODINGS[name]
 

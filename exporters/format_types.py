@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmx.exporters.encoding import GROUP_ENCODINGS, group_names
+from llmx.exporters.encoding import ENCODINGS, GROUP_ENCODINGS, group_names
 from llmx.exporters.gguf_types import WRITABLE_TYPES
 from llmx.formats.ggml_blocks import BLOCKS
 
@@ -36,11 +36,12 @@ class FormatTypes:
         return self.told or ", ".join(self.types)
 
 
-def _group_bits(name: str) -> float:
-    return GROUP_ENCODINGS[name].bits(_ROW) if name in GROUP_ENCODINGS else BLOCKS[name].bits
+def bits_of(name: str) -> float:
+    """Bits per weight of an encoding, in rows of a usual length."""
+    return ENCODINGS[name].bits(_ROW)
 
 
 GGUF = FormatTypes("GGUF", WRITABLE_TYPES, lambda name: BLOCKS[name].bits)
 ONNX = FormatTypes(
-    "ONNX", ("F32", "F16", *GROUP_ENCODINGS), _group_bits, quantizes_activations=True, told=f"F32, F16, {group_names()}"
+    "ONNX", ("F32", "F16", *GROUP_ENCODINGS), bits_of, quantizes_activations=True, told=f"F32, F16, {group_names()}"
 )

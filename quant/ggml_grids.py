@@ -48,7 +48,7 @@ class AffineGrid:
     def allowed(self) -> tuple[int, int]:
         return 0, self.top
 
-    def bound(self, weight: Floats) -> Grid:
+    def bound(self, weight: Floats, importance: Floats | None = None) -> Grid:
         return self
 
     def fit(self, weight: Floats, importance: Floats | None = None, effort: Effort = "balanced") -> BlockScales:
@@ -131,7 +131,7 @@ class SymmetricGrid:
         """The kind of levels, for the kernels."""
         return UNEVEN if self.low == self.high else LINEAR
 
-    def bound(self, weight: Floats) -> Grid:
+    def bound(self, weight: Floats, importance: Floats | None = None) -> Grid:
         return self
 
     def fit(self, weight: Floats, importance: Floats | None = None, effort: Effort = "balanced") -> BlockScales:

@@ -58,8 +58,8 @@ FACTORIES: dict[str, Callable[[int], Grid]] = {
     "NVFP4": _fixed(NvGrid("NVFP4", weights=64)),
     "mxfp4": _fixed(MxGrid("mxfp4")),
     "nvfp4": _fixed(NvGrid("nvfp4")),
-    "fp8-channel": lambda cols: Fp8Grid("fp8-channel", cols),
-    "fp8-tensor": lambda cols: Fp8Grid("fp8-tensor", cols, shared=True),
+    "fp8-channel-float32": lambda cols: Fp8Grid("fp8-channel-float32", cols),
+    "fp8-tensor-float32": lambda cols: Fp8Grid("fp8-tensor-float32", cols, shared=True),
     **dict(_integers()),
 }
 """What makes each grid for rows of so many columns, keyed by name. In capitals: as ggml's blocks hold it.

@@ -73,7 +73,7 @@ class IntegerGrid:
     def weights(self) -> int:
         return self.size
 
-    def bound(self, weight: Floats) -> Grid:
+    def bound(self, weight: Floats, importance: Floats | None = None) -> Grid:
         return self
 
     def fit(self, weight: Floats, importance: Floats | None = None, effort: Effort = "balanced") -> BlockScales:

@@ -73,7 +73,7 @@ class MxGrid:
     def weights(self) -> int:
         return self.size
 
-    def bound(self, weight: Floats) -> Grid:
+    def bound(self, weight: Floats, importance: Floats | None = None) -> Grid:
         return self
 
     def fit(self, weight: Floats, importance: Floats | None = None, effort: Effort = "balanced") -> BlockScales:
@@ -128,7 +128,7 @@ class NvGrid:
     def allowed(self) -> tuple[int, int]:
         return 0, len(E2M1_DOUBLED) - 2
 
-    def bound(self, weight: Floats) -> Grid:
+    def bound(self, weight: Floats, importance: Floats | None = None) -> Grid:
         """With the tensor's scale such that the group of the largest weight gets a scale of 256: below E4M3's 448, so
         that its largest weight, too, can be put on the level 4."""
         largest = np.abs(weight).max(initial=0)
@@ -194,18 +194,18 @@ class Fp8Grid:
     def weights(self) -> int:
         return self.size
 
-    def bound(self, weight: Floats) -> Grid:
-        """With the tensor's scale, where one is shared: of those tried, the one of least squared error."""
+    def bound(self, weight: Floats, importance: Floats | None = None) -> Grid:
+        """With the tensor's scale, where one is shared: of those tried, the one of least weighted squared error."""
         if not self.shared:
             return self
-        values, work = flat(weight), workspace(self.size)
+        values, columns, work = flat(weight), relative(importance), workspace(self.size)
         tried = np.abs(weight).max(initial=0) / np.array(FP8_SEARCHES["balanced"].starts, np.float32)
-        errors = [squared_error(values, E4M3_LEVELS, scale, work) for scale in tried]
+        errors = [squared_error(values, columns, E4M3_LEVELS, scale, work) for scale in tried]
         return replace(self, tensor=float(tried[np.argmin(errors)]) or 1.0)
 
     def fit(self, weight: Floats, importance: Floats | None = None, effort: Effort = "balanced") -> BlockScales:
         if self.shared and not self.tensor:
-            return self.bound(weight).fit(weight, importance, effort)
+            return self.bound(weight, importance).fit(weight, importance, effort)
         values, search = flat(weight), FP8_SEARCHES[effort]
         d = np.full(values.size // self.size, self.tensor, np.float32)
         if not self.shared:

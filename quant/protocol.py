@@ -48,10 +48,10 @@ class Grid(Protocol):
         """Weights of a block, which share the float super-scales; block weights // size = subs."""
         ...
 
-    def bound(self, weight: Floats) -> Grid:
+    def bound(self, weight: Floats, importance: Floats | None = None) -> Grid:
         """This grid with what the whole tensor shares fixed from it; itself where a tensor shares nothing.
 
-        To be called once with the whole tensor, before its rows are fitted in parts.
+        To be called once with the whole tensor, before its rows are fitted in parts. importance: as in `fit`.
         """
         ...
 

@@ -37,7 +37,7 @@ _GRIDS = (
     Recipe("w8a8-smoothquant", "int8-channel-sym", method="rtn", transform="smoothquant"),
     Recipe("mxfp4", "mxfp4"),
     Recipe("nvfp4", "nvfp4"),
-    Recipe("fp8", "fp8-tensor", method="rtn"),
+    Recipe("fp8", "fp8-tensor-float32", method="rtn"),
 )
 PRESETS: Mapping[str, Recipe] = {
     recipe.name: recipe

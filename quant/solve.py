@@ -234,7 +234,7 @@ def _starts(
     """Rows of `wanted`, rounded to the nearest on the best scales. All are fitted here, on the CPU, by every worker."""
     values, columns = np.ascontiguousarray(wanted.cpu().numpy()), importance.cpu().numpy()
     columns = columns if columns.any() else np.ones_like(columns)
-    grid = grid.bound(values)
+    grid = grid.bound(values, columns)
 
     def fitted(part: slice) -> tuple[BlockScales, np.ndarray]:
         scales = grid.fit(values[part], columns, options.effort)

@@ -54,14 +54,16 @@ def fit_steps(values, importance, work, kind, top, spread, steps, tries, out):
 
 
 @compiled
-def squared_error(values, kind, scale, work):
-    """Σ(x − scale · level)², less Σx², over values (f32[n], whole groups), as a float64; the levels are the nearest."""
+def squared_error(values, importance, kind, scale, work):
+    """Σw(x − scale · level)², less Σwx², over values (f32[n], rows that are groups), as a float64; the levels are the
+    nearest. importance: w, f32[weights of a row], or empty for ones."""
     size = work.x.shape[0]
     total = 0.0
     for first in range(0, values.size // size, LANES):
         lanes = min(LANES, values.size // size - first)
-        load(values, values[:0], first, lanes, size, f32(1), work)
-        work.w[:] = f32(1)
+        load(values, importance, first, lanes, size, f32(1), work)
+        for i in range(size):  # `load` makes large weights count more
+            work.w[i] = importance[i] if importance.size else f32(1)
         work.inverse[:] = reciprocal(scale)
         level_sums(kind, f32(0), f32(0), work)
         for lane in range(lanes):

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from llmx.exporters.encoding import GROUP_ENCODINGS, GroupEncoding
-from llmx.formats import onnx_groups
+from llmx.exporters.encoding import FLOAT8_ENCODINGS, GROUP_ENCODINGS, GroupEncoding
+from llmx.formats import float8_rows, onnx_groups
 from llmx.formats.ggml_blocks import BLOCKS
 from llmx.formats.ggml_decode import LEVELS, decode, decode_codes, expand
 from llmx.formats.ggml_packers import LAYOUTS, BlockScales, unpack
@@ -29,6 +29,8 @@ FLOATS: Mapping[str, tuple[float, float]] = {
     "F16": (2.0**-10, 2.0**-24),
     "BF16": (2.0**-7, 2.0**-133),
 }
+E4M3_SPACING = (2.0**-3, 2.0**-9)  # the same, in units of a row's scale
+E4M3_TOP = 448.0
 SMALLEST_HALF = 2.0**-24  # a scale is stored as a 16-bit float: nothing below this can be told from zero
 
 
@@ -40,6 +42,8 @@ def decode_with_error(type_name: str, data: np.ndarray, source: np.ndarray) -> t
     """
     if type_name in GROUP_ENCODINGS:
         return _groups_with_error(GROUP_ENCODINGS[type_name], data, source)
+    if type_name in FLOAT8_ENCODINGS:
+        return _float8_with_error(data, source)
     if type_name not in LAYOUTS:
         decoded = decode(type_name, data)
         relative, smallest = FLOATS[type_name]
@@ -58,6 +62,8 @@ def block_weights(type_name: str, cols: int) -> int:
     if type_name in GROUP_ENCODINGS:
         group = GROUP_ENCODINGS[type_name].layout.group_weights(cols)
         return group if cols % group == 0 else cols  # a ragged row is looked at as a whole
+    if type_name in FLOAT8_ENCODINGS:
+        return cols
     return BLOCKS[type_name].weights if type_name in LAYOUTS else 0
 
 
@@ -69,6 +75,17 @@ def _groups_with_error(kept: GroupEncoding, data: np.ndarray, source: np.ndarray
     step = np.repeat(np.abs(scales), kept.layout.group_weights(cols), axis=1)[:, :cols]
     with np.errstate(invalid="ignore", over="ignore"):
         return decoded, _largest(np.abs(decoded - source) / np.maximum(step, SMALLEST_HALF))
+
+
+def _float8_with_error(data: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, float]:
+    """The same of FP8: the step is the gap between two values there; above the largest, the gap below it."""
+    found = float8_rows.decode(data, source.shape[1])
+    scales = float8_rows.parts(data, source.shape[1]).scales[:, None]
+    relative, smallest = E4M3_SPACING
+    with np.errstate(invalid="ignore", over="ignore"):
+        size = np.minimum(np.abs(source), E4M3_TOP * np.abs(scales))
+        step = np.maximum(size * np.float32(relative), np.abs(scales) * np.float32(smallest))
+        return found, _largest(np.abs(found - source) / np.maximum(step, SMALLEST_HALF))
 
 
 def steps(type_name: str, scales: BlockScales) -> tuple[np.ndarray, np.ndarray]:

@@ -53,6 +53,8 @@ USUAL_RMS: Mapping[str, float] = {
     "IQ4_NL": 0.075,
     "IQ4_XS": 0.076,
     "MXFP4": 0.112,
+    "fp8-channel-float32": 0.026,
+    "fp8-tensor-float32": 0.026,
     "Q3_K": 0.148,
     "Q2_K": 0.269,
 }
@@ -73,6 +75,8 @@ RMS_LIMITS: Mapping[str, float] = {
     "IQ4_NL": 0.12,
     "IQ4_XS": 0.12,
     "MXFP4": 0.2,
+    "fp8-channel-float32": 0.05,
+    "fp8-tensor-float32": 0.05,
     "Q3_K": 0.26,
     "Q2_K": 0.50,
 }
@@ -93,6 +97,8 @@ MOVED_LIMITS: Mapping[str, float] = {
     "IQ4_NL": 0.35,
     "IQ4_XS": 0.35,
     "MXFP4": 0.4,
+    "fp8-channel-float32": 0.25,
+    "fp8-tensor-float32": 0.25,
     "Q3_K": 0.7,
     "Q2_K": 1.25,
 }

@@ -15,7 +15,7 @@ from llmx.quant.grid import GRIDS, grid
 from llmx.quant.state import Rows
 
 COLUMNS, ROWS = 24, 7
-NAMES = ("Q4_K", "Q6_K", "IQ4_NL", "MXFP4", "int4-g32-zp", "int8-channel-sym", "fp8-channel")
+NAMES = ("Q4_K", "Q6_K", "IQ4_NL", "MXFP4", "int4-g32-zp", "int8-channel-sym", "fp8-channel-float32")
 every_name = pytest.mark.parametrize("name", NAMES)
 
 

@@ -16,7 +16,7 @@ from llmx.quant.protocol import Grid
 from llmx.quant.state import Rows
 
 COLS, ROWS = 256, 6
-NAMES = (*GRIDS, "int4-g32-zp", "int4-g128-sym", "int8-channel-sym", "mxfp4", "nvfp4", "fp8-channel")
+NAMES = (*GRIDS, "int4-g32-zp", "int4-g128-sym", "int8-channel-sym", "mxfp4", "nvfp4", "fp8-channel-float32")
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 
 

@@ -27,7 +27,15 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROWS, COLS, TOKENS = 72, 512, 2000
-NAMES = (*GRIDS, "nvfp4", "fp8-channel", "fp8-tensor", "int4-g128-zp", "int4-g32-sym", "int8-channel-pos")
+NAMES = (
+    *GRIDS,
+    "nvfp4",
+    "fp8-channel-float32",
+    "fp8-tensor-float32",
+    "int4-g128-zp",
+    "int4-g32-sym",
+    "int8-channel-pos",
+)
 OTHER_ROUNDING = 0.05  # of the rows may differ: one weight half-way between two levels is enough
 
 

@@ -31,7 +31,7 @@ INTEGERS = (
     ),
     *("int8-channel-zp", "int4-g256-zp-bfloat16", "int8-g16-pos-float32"),
 )
-FLOATS = ("MXFP4", "NVFP4", "nvfp4", "fp8-channel", "fp8-tensor")
+FLOATS = ("MXFP4", "NVFP4", "nvfp4", "fp8-channel-float32", "fp8-tensor-float32")
 NAMES = (*INTEGERS, *FLOATS)
 every_name = pytest.mark.parametrize("name", NAMES)
 
@@ -66,7 +66,7 @@ def plain(name: str, weight: Floats) -> Floats:
     elif kind.name in ("NVFP4", "nvfp4"):
         tensor = np.abs(weight).max() / (12 * 224)
         scale = tensor / 2 * UE4M3[np.abs(largest / tensor / 6 - UE4M3).argmin(1)][:, None]
-    elif kind.name == "fp8-tensor":
+    elif kind.name == "fp8-tensor-float32":
         scale = np.abs(weight).max() / np.float32(448)
     elif "zp" in kind.name:
         low = np.minimum(groups.min(1, keepdims=True), 0)
@@ -87,7 +87,7 @@ def test_the_error_is_below_that_of_plain_rounding(name: str) -> None:
 @every_name
 def test_importance_lowers_the_error_it_weighs(name: str) -> None:
     weight, columns, kind = weights(rows=64), importance(), grid(name, COLS)
-    if name != "fp8-tensor":
+    if name != "fp8-tensor-float32":
         assert lost(weight, again(kind, weight, columns), columns) < lost(weight, again(kind, weight), columns)
 
 
@@ -157,7 +157,7 @@ def test_rounding_finds_the_nearest_level_of_every_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["int4-channel-zp", "int8-channel-sym", "int4-channel-sym", "fp8-channel", "fp8-tensor"]
+    "name", ["int4-channel-zp", "int8-channel-sym", "int4-channel-sym", "fp8-channel-float32", "fp8-tensor-float32"]
 )
 def test_a_row_of_any_length_is_one_group(name: str) -> None:
     for cols in (1, 30, 67):
@@ -178,7 +178,7 @@ def test_positive_scales_are_positive_and_symmetric_ones_of_either_sign() -> Non
     weight = weights()
     assert (grid("int4-g64-pos", COLS).fit(weight).d > 0).all()
     assert (grid("int4-g64-sym", COLS).fit(weight).d < 0).any()
-    assert (grid("fp8-channel", COLS).fit(weight).d > 0).all()
+    assert (grid("fp8-channel-float32", COLS).fit(weight).d > 0).all()
 
 
 def test_scales_are_values_that_their_store_holds() -> None:
@@ -221,7 +221,7 @@ def test_the_nearest_small_floats_are_the_nearest() -> None:
 
 def test_the_codes_of_fp8_are_the_bytes_of_torch() -> None:
     torch = pytest.importorskip("torch")
-    weight, kind = weights(), grid("fp8-channel", COLS)
+    weight, kind = weights(), grid("fp8-channel-float32", COLS)
     scales = kind.fit(weight)
     stored = E4M3_BITS[kind.round(weight, scales)].reshape(weight.shape)
     theirs = torch.from_numpy(weight * (1 / scales.d)[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)

@@ -16,7 +16,7 @@ from llmx.quant.protocol import Codes, Floats, Grid
 COLS = 512
 NAMES = (
     *GRIDS,
-    *("NVFP4", "nvfp4", "mxfp4", "fp8-channel", "fp8-tensor"),
+    *("NVFP4", "nvfp4", "mxfp4", "fp8-channel-float32", "fp8-tensor-float32"),
     *(
         "int4-g128-sym",
         "int4-g32-zp",
@@ -110,7 +110,7 @@ def test_rounding_what_was_decoded_changes_nothing(kind: Grid, seed: int) -> Non
 def test_neighbours_are_legal_differ_and_move_every_sub_block_that_can(kind: Grid, seed: int) -> None:
     _, _, scales, codes = problem(kind, seed)
     moves = kind.neighbours(scales)
-    assert bool(moves) == (kind.name != "fp8-tensor")
+    assert bool(moves) == (kind.name != "fp8-tensor-float32")
     for move in moves:
         assert_legal(kind, move)
         assert not np.array_equal(kind.decode(move, codes), kind.decode(scales, codes))
@@ -159,7 +159,7 @@ def test_weights_are_linear_in_the_super_scales(kind: Grid, seed: int) -> None:
 @few
 @seeds
 def test_the_super_scales_stored_are_those_given_as_near_as_they_come(kind: Grid, seed: int) -> None:
-    if kind.name == "fp8-tensor":
+    if kind.name == "fp8-tensor-float32":
         return  # one block alone cannot have a new scale
     random, _, scales, codes = problem(kind, seed)
     d = (scales.d.astype(np.float32) * random.uniform(0.7, 1, len(codes))).astype(np.float32)

@@ -19,7 +19,16 @@ from llmx.quant.refine import Descent, refine
 from llmx.quant.state import Rows
 
 ROWS = 5
-NAMES = (*GRIDS, "int4-g32-zp", "int4-g128-sym", "int4-g64-pos", "int8-channel-sym", "mxfp4", "nvfp4", "fp8-channel")
+NAMES = (
+    *GRIDS,
+    "int4-g32-zp",
+    "int4-g128-sym",
+    "int4-g64-pos",
+    "int8-channel-sym",
+    "mxfp4",
+    "nvfp4",
+    "fp8-channel-float32",
+)
 # Where the float super-scale of a block is stored as a float of its own, so that its best value is a formula.
 LINEAR = ("Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1", "IQ4_NL", "Q3_K", "Q6_K", "IQ4_XS", "int4-g128-sym", "int4-g32-zp")
 STEPS: dict[str, Callable[[Descent], None]] = {
@@ -158,7 +167,7 @@ def test_a_refit_of_scale_and_minimum_together_leaves_no_slope(name: str) -> Non
 
 
 def test_a_scale_that_the_whole_tensor_shares_is_left_alone() -> None:
-    descent = start("fp8-tensor", 9, far=0.0)
+    descent = start("fp8-tensor-float32", 9, far=0.0)
     before = descent.rows.scales
     refine(descent.rows, descent.target, descent.hessian, 2)
     assert np.array_equal(before.d, descent.rows.scales.d)

@@ -173,11 +173,13 @@ def test_mistakes_are_told_at_once(model: Model, tokens: torch.Tensor) -> None:
 
 
 def test_grids_of_serving_engines_are_measured_alike(model: Model, tokens: torch.Tensor) -> None:
-    types = ["int4-channel-sym", "int4-g64-sym", "nvfp4", "int8-channel-sym", "fp8-tensor"]
+    types = ["int4-channel-sym", "int4-g64-sym", "nvfp4", "int8-channel-sym", "fp8-tensor-float32"]
     with workers(2) as pool:
         found = measure(model, tokens, {"layers.1.up.weight": types}, pool, exact=True)["layers.1.up.weight"]
-    assert found["int4-channel-sym"] > found["int4-g64-sym"] > found["fp8-tensor"] > found["int8-channel-sym"] > 0
-    assert found["int4-channel-sym"] > found["nvfp4"] > found["fp8-tensor"]
+    assert (
+        found["int4-channel-sym"] > found["int4-g64-sym"] > found["fp8-tensor-float32"] > found["int8-channel-sym"] > 0
+    )
+    assert found["int4-channel-sym"] > found["nvfp4"] > found["fp8-tensor-float32"]
 
 
 def test_the_sum_of_single_losses_foretells_the_loss_of_the_whole_and_allocation_beats_one_type(

@@ -19,7 +19,7 @@ from llmx.quant.statistics import Inputs, Moments, Statistics, moments, statisti
 from llmx.quant.workers import Workers, workers
 
 COLS, OUT, TOKENS = 256, 40, 500
-NAMES = (*GRIDS, "int4-g32-zp", "int4-g128-sym", "int8-channel-sym", "mxfp4", "nvfp4", "fp8-tensor")
+NAMES = (*GRIDS, "int4-g32-zp", "int4-g128-sym", "int8-channel-sym", "mxfp4", "nvfp4", "fp8-tensor-float32")
 TRIES = SolveOptions(("rtn", "refined", "gptq"), shares=(0.03, 0.3), sweeps=1, effort="fast")
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -12,7 +12,15 @@ from llmx.quant import columns
 from llmx.quant.grid import GRIDS, grid
 from llmx.quant.state import Rows
 
-NAMES = (*GRIDS, "nvfp4", "fp8-channel", "fp8-tensor", "int4-g128-zp", "int4-g32-zp-bfloat16", "int8-channel-pos")
+NAMES = (
+    *GRIDS,
+    "nvfp4",
+    "fp8-channel-float32",
+    "fp8-tensor-float32",
+    "int4-g128-zp",
+    "int4-g32-zp-bfloat16",
+    "int8-channel-pos",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
