@@ -201,6 +201,39 @@ def _coverage_problems(tensors: Mapping[str, StoredTensor], data_start: int, siz
     return problems
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A file to be written: its first bytes, where each tensor's bytes begin, and its size."""
+
+    header: bytes
+    offsets: tuple[int, ...]
+    nbytes: int
+
+
+def place(
+    tensors: Iterable[tuple[str, str, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
+    where: Path | None = None,
+) -> Placement:
+    """Where (name, dtype, shape) tensors lie in a file, in the given order, before a byte of them is known.
+
+    Raises: UsageError for an unknown dtype, or a name given twice.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position, begins = 0, []
+    for name, dtype, shape in tensors:
+        if name in header or dtype not in BITS:
+            raise UsageError(f"Tensor {name!r} of dtype {dtype!r} is given twice or has no such dtype.", where=where)
+        nbytes = math.prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": (position, position + nbytes)}
+        begins.append(position)
+        position += nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return Placement(len(text).to_bytes(8, "little") + text, tuple(start + at for at in begins), start + position)
+
+
 def write_safetensors(
     path: str | Path,
     tensors: Iterable[tuple[str, str, Sequence[int], Iterable[Any]]],
@@ -213,22 +246,13 @@ def write_safetensors(
     """
     path = Path(path)
     entries = [(name, dtype, tuple(shape), chunks) for name, dtype, shape, chunks in tensors]
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for name, dtype, shape, _ in entries:
-        if name in header or dtype not in BITS:
-            raise UsageError(f"Tensor {name!r} of dtype {dtype!r} is given twice or has no such dtype.", where=path)
-        nbytes = math.prod(shape) * BITS[dtype] // 8
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (position, position + nbytes)}
-        position += nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    placed = place(((name, dtype, shape) for name, dtype, shape, _ in entries), metadata, path)
+    ends = (*placed.offsets[1:], placed.nbytes)
     unfinished = path.with_name(path.name + ".part")
     try:
         with unfinished.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, _, _, chunks in entries:
-                begin, end = header[name]["data_offsets"]
+            file.write(placed.header)
+            for (name, _, _, chunks), begin, end in zip(entries, placed.offsets, ends, strict=True):
                 written = sum(file.write(chunk) for chunk in chunks)
                 if written != end - begin:
                     raise UsageError(f"Tensor {name!r} needs {end - begin} bytes and was given {written}.", where=path)
