@@ -55,7 +55,9 @@ class Descent:
         """Every sub-block's scale and minimum to the best of their legal neighbours."""
         rows, size = self.rows, self.rows.grid.size
         assert rows.level is not None
-        moves = rows.grid.neighbours(rows.scales)
+        # A zero point that moves would take the codes of zero with it.
+        pinned = rows.kept is not None and rows.scales.mins is not None
+        moves = () if pinned else rows.grid.neighbours(rows.scales)
         if not moves:
             return
         (scale, offset), *pairs = rows.subs(rows.scales, *moves)

@@ -23,6 +23,7 @@ from llmx.formats.ggml_packers import BlockScales
 from llmx.quant.gptq import Factor, damped, factorize, gptq
 from llmx.quant.protocol import Effort, Grid
 from llmx.quant.refine import refine
+from llmx.quant.sparse import Pruned
 from llmx.quant.state import Rows
 from llmx.quant.statistics import Moments, Statistics
 from llmx.quant.workers import Workers, spans
@@ -39,7 +40,8 @@ class SolveOptions:
     """How hard to try. shares: λ and damping tried, as shares of the mean diagonal. sweeps: rounds of refinement.
 
     methods: the candidates of the gate. effort: of the search for scales. repairs: whether the target makes up for
-    what earlier layers lost (a tied embedding must not: it is read at both ends of the model).
+    what earlier layers lost (a tied embedding must not: it is read at both ends of the model). exchanges: rounds in
+    which a sparse matrix may choose its zeros anew.
     """
 
     methods: tuple[str, ...] = ("rtn", "gptq")
@@ -47,12 +49,13 @@ class SolveOptions:
     sweeps: int = 10
     effort: Effort = "balanced"
     repairs: bool = True
+    exchanges: int = 2
 
 
 EFFORTS: dict[Effort, SolveOptions] = {
-    "fast": SolveOptions(shares=(0.1,), sweeps=2, effort="fast"),
+    "fast": SolveOptions(shares=(0.1,), sweeps=2, effort="fast", exchanges=1),
     "balanced": SolveOptions(),
-    "best": SolveOptions(("rtn", "refined", "gptq"), sweeps=16, effort="best"),
+    "best": SolveOptions(("rtn", "refined", "gptq"), sweeps=16, effort="best", exchanges=4),
 }
 
 
@@ -109,7 +112,7 @@ def target(
     found, here = prepared.statistics, workers.on(weight.device)
     if found.fitted.drift is None and found.fitted.residual is None:
         return weight, PLAIN_SHARE, 0.0
-    parts = _parts(weight)
+    parts = parts_of(weight)
 
     def moved(part: slice, lower: Tensor) -> Tensor:
         pull = found.fitted.pull(weight, part)
@@ -136,18 +139,21 @@ def solve(
     workers: Workers,
     *,
     limits: Tensor | None = None,
+    pruned: Pruned | None = None,
 ) -> Solution:
     """The best scales and codes for weight (f32[out, in]) among the methods of `options`.
 
     limits: f32[out, groups], the magnitude at which each group is cut before its scales are looked for; None cuts none.
+    pruned: which weights are zero, on a grid that has an exact one, and what the others are before they are rounded.
+    They are at their least squares, so the loss of rounding them, given the zeros, is what it adds to theirs.
     """
     started = time.monotonic()
-    wanted, share = weight, PLAIN_SHARE
-    if options.repairs:
+    wanted, share = (weight, PLAIN_SHARE) if pruned is None else (pruned.value, pruned.share)
+    if options.repairs and pruned is None:
         wanted, share, _ = target(weight, prepared, options.shares, workers)
-    parts = _outcomes(weight, wanted, prepared, share, grid, options, workers, limits)
+    parts = _outcomes(weight, wanted, prepared, share, grid, options, workers, limits, pruned)
     judge = prepared.statistics.held_out.hessian
-    energy = sum(workers.on(weight.device).map(lambda part: _energy(weight[part], judge), _parts(weight))) or 1.0
+    energy = sum(workers.on(weight.device).map(lambda part: _energy(weight[part], judge), parts_of(weight))) or 1.0
     losses = {
         method: sum(part[number].lost for part in parts) / energy for number, method in enumerate(options.methods)
     }
@@ -191,6 +197,7 @@ def _outcomes(
     options: SolveOptions,
     workers: Workers,
     limits: Tensor | None,
+    pruned: Pruned | None,
 ) -> list[list[_Outcome]]:
     """Of every part of the rows, what each method makes of them, in the order of the methods."""
     fitted, judge = prepared.statistics.fitted.hessian, prepared.statistics.held_out
@@ -205,15 +212,16 @@ def _outcomes(
         made = []
         for method in options.methods:
             rows = starts(part)
+            rows.kept = None if pruned is None else pruned.kept[part].T.contiguous()
             METHODS[method](rows, sideways, hessian, factor, options)
             lost = loss(weight[part], rows.value().T, judge, pull)
             made.append(_Outcome(rows.grid, rows.scales, rows.codes(), rows.count, lost))
         return made
 
-    return workers.on(weight.device).map(outcomes, _parts(weight))
+    return workers.on(weight.device).map(outcomes, parts_of(weight))
 
 
-def _parts(weight: Tensor) -> list[slice]:
+def parts_of(weight: Tensor) -> list[slice]:
     """The rows that are solved together."""
     return spans(len(weight), ROWS[weight.device.type])
 

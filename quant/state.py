@@ -24,13 +24,18 @@ Tensor = torch.Tensor
 
 @dataclass(slots=True)
 class Rows:
-    """Some rows on a grid. level: f32[columns, rows], the level of each code; None until codes are chosen."""
+    """Some rows on a grid. level: f32[columns, rows], the level of each code; None until codes are chosen.
+
+    kept: bool[columns, rows], where a weight may differ from zero; None anywhere. Elsewhere scale and offset count as
+    zero, so that whatever level a solver puts there is worth nothing, and `codes` has the code of zero.
+    """
 
     grid: Grid
     scales: BlockScales
     count: int
     device: torch.device
     level: Tensor | None = None
+    kept: Tensor | None = None
     levels: Levels = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +83,10 @@ class Rows:
     def columns(self) -> tuple[Tensor, Tensor]:
         """(scale, offset) of every weight, f32[columns, rows]."""
         ((scale, offset),) = self.subs(self.scales)
-        return scale.repeat_interleave(self.grid.size, 0), offset.repeat_interleave(self.grid.size, 0)
+        wide = scale.repeat_interleave(self.grid.size, 0), offset.repeat_interleave(self.grid.size, 0)
+        return (
+            wide if self.kept is None else (torch.where(self.kept, wide[0], 0.0), torch.where(self.kept, wide[1], 0.0))
+        )
 
     def value(self) -> Tensor:
         """f32[columns, rows]: what the codes stand for."""
@@ -94,7 +102,17 @@ class Rows:
         else:
             places = self.level - self.levels.low
         codes = (places + self.grid.allowed[0]).to(torch.uint8)
+        if self.kept is not None:
+            codes = torch.where(self.kept, codes, self._zeros())
         return codes.T.contiguous().cpu().numpy().reshape(-1, self.grid.weights)
+
+    def _zeros(self) -> Tensor:
+        """u8: the code that stands for zero, of every weight or of all."""
+        zeros = zero_codes(self.grid, self.scales)
+        assert zeros is not None, "only a grid with an exact zero is asked for zeros"
+        if isinstance(zeros, int):
+            return torch.tensor(zeros, dtype=torch.uint8, device=self.device)
+        return self.sideways(zeros).repeat_interleave(self.grid.size, 0)
 
     def set_codes(self, codes: np.ndarray[Any, Any]) -> None:
         level = torch.from_numpy(self.grid.levels.copy()).to(self.device)
@@ -127,6 +145,17 @@ class Rows:
     def upright(self, values: Tensor) -> np.ndarray[Any, Any]:
         """[blocks of a row · k, rows] -> [n, k]: the inverse, as the grid lays blocks out."""
         return values.T.contiguous().cpu().numpy().reshape(len(self.scales.d), -1)
+
+
+def zero_codes(grid: Grid, scales: BlockScales) -> np.ndarray[Any, Any] | int | None:
+    """The code whose value is exactly zero: one for all, u8[n, subs] where sub-blocks have zero points, or None."""
+    if scales.offset is not None:
+        return None
+    if scales.mins is not None:
+        return scales.mins.astype(np.uint8)
+    low, high = grid.allowed
+    found = np.flatnonzero(grid.levels[low : high + 1] == 0)
+    return int(found[0]) + low if found.size else None
 
 
 @lru_cache(maxsize=64)
