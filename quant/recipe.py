@@ -2,9 +2,10 @@ r"""What each tensor gets. A recipe is data, in YAML or JSON:
 
     name: careful
     type: Q4_K_M                                  a file mix, or one grid for every matrix
-    method: gptq                                  rtn, gptq, awq or auto
+    method: gptq                                  rtn, gptq, awq, auto; of sparse ones sparsegpt, wanda, magnitude
     effort: best                                  fast, balanced or best
     transform: smoothquant                        none, awq or smoothquant
+    sparsity: 2:4                                 none, 2:4 or a share of zeros such as 50%
     calibration: {tokens: 65536, length: 512}
     rules:
     - {roles: [v, down], layers: first 4, type: Q6_K}
@@ -13,7 +14,8 @@ r"""What each tensor gets. A recipe is data, in YAML or JSON:
 
 Rules are asked in order, field by field: of the rules that fit a tensor, the first that says a type gives the type, the
 first that says a method the method. A field that no rule says is the recipe's own. Method awq is short for the
-transform awq and rounding to the nearest.
+transform awq and rounding to the nearest. Sparse are the matrices of attention and MLP: there auto is sparsegpt, and
+where nothing is pruned, a method of sparse matrices is that which rounds in the same spirit (DENSE).
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ import yaml
 
 from llmx.models.architecture import Role
 from llmx.quant.protocol import Effort
+from llmx.quant.sparsity import NONE, PRUNED_ROLES
 
-Method = Literal["rtn", "gptq", "awq", "auto"]
+Method = Literal["rtn", "gptq", "awq", "auto", "sparsegpt", "wanda", "magnitude"]
 Transform = Literal["awq", "smoothquant"]
 Tensor = tuple[str, Role, int | None, int]  # canonical name, role, layer, layers of the model
 Said = TypeVar("Said")
+
+DENSE: Mapping[Method, Method] = {"sparsegpt": "auto", "wanda": "rtn", "magnitude": "rtn"}
+"""Method of sparse matrices -> what it means for one that is not pruned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ class Rule:
     """Which tensors it fits, and what they get; None says nothing.
 
     layers: fits no tensor outside the layers. pattern: a regular expression found in the canonical name.
-    transform: "none" turns one off.
+    transform, sparsity: "none" turns one off.
     """
 
     roles: tuple[Role, ...] | None = None
@@ -73,6 +79,7 @@ class Rule:
     type: str | None = None
     method: Method | None = None
     transform: Transform | Literal["none"] | None = None
+    sparsity: str | None = None
 
     def fits(self, tensor: Tensor) -> bool:
         name, role, layer, total = tensor
@@ -94,6 +101,7 @@ class Rule:
             "type": self.type,
             "method": self.method,
             "transform": self.transform,
+            "sparsity": self.sparsity,
         }
         return {key: value for key, value in said.items() if value is not None}
 
@@ -123,6 +131,7 @@ class Recipe:
     transform: Transform | None = None
     rules: tuple[Rule, ...] = ()
     calibration: CalibrationSettings | None = None
+    sparsity: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain data, which `recipe_reader.from_data` reads back."""
@@ -134,6 +143,8 @@ class Recipe:
         }
         if self.transform is not None:
             plain["transform"] = self.transform
+        if self.sparsity is not None:
+            plain["sparsity"] = self.sparsity
         if self.calibration is not None:
             plain["calibration"] = {"tokens": self.calibration.tokens, "length": self.calibration.length}
         if self.rules:
@@ -147,7 +158,8 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What one tensor gets. type: None leaves it to the recipe's mix or grid. method: never "awq".
+    """What one tensor gets. type: None leaves it to the recipe's mix or grid. method: never "awq", and one of sparse
+    matrices only where sparsity is not None.
 
     rules: numbers of the rules that gave something, in order.
     """
@@ -157,6 +169,7 @@ class Resolved:
     method: Method
     transform: Transform | None
     rules: tuple[int, ...]
+    sparsity: str | None = None
 
 
 def resolve(recipe: Recipe, tensors: Iterable[Tensor]) -> tuple[Resolved, ...]:
@@ -177,11 +190,19 @@ def explicit(recipe: Recipe, tensors: Iterable[Tensor], types: Mapping[str, str]
     """
     tensors = tuple(tensors)
     parts = {name.rpartition(".")[2] for name, *_ in tensors}
+    dense = None if recipe.sparsity is None else NONE
     places: dict[tuple[Any, ...], dict[Role, list[int | None]]] = {}
     for tensor, got in zip(tensors, resolve(recipe, tensors), strict=True):
         name, role, layer, _ = tensor
         part = name.rpartition(".")[2] if len(parts) > 1 else None
-        setting = (part, (types or {}).get(name, got.type), got.method, got.transform, layer is None)
+        setting = (
+            part,
+            (types or {}).get(name, got.type),
+            got.method,
+            got.transform,
+            got.sparsity or dense,
+            layer is None,
+        )
         places.setdefault(setting, {}).setdefault(role, []).append(layer)
     return Recipe(
         recipe.name,
@@ -191,6 +212,7 @@ def explicit(recipe: Recipe, tensors: Iterable[Tensor], types: Mapping[str, str]
         recipe.transform,
         tuple(rule for setting, roles in places.items() for rule in _spelt_out(setting, roles)),
         recipe.calibration,
+        recipe.sparsity,
     )
 
 
@@ -203,21 +225,29 @@ def _resolve(recipe: Recipe, tensor: Tensor) -> Resolved:
     type_at, type_name = first((number, rule.type) for number, rule in fitting)
     method_at, method = first((number, rule.method) for number, rule in fitting)
     transform_at, asked = first((number, rule.transform) for number, rule in fitting)
+    sparsity_at, sparsity = first((number, rule.sparsity) for number, rule in fitting if tensor[1] in PRUNED_ROLES)
+    sparsity = (sparsity or recipe.sparsity) if tensor[1] in PRUNED_ROLES else None
+    sparsity = None if sparsity == NONE else sparsity
     method = method or recipe.method
+    if sparsity is None:
+        method = DENSE.get(method, method)
+    elif method == "auto":
+        method = "sparsegpt"
     transform = asked or ("awq" if method == "awq" else recipe.transform)
-    used = {at for at in (type_at, method_at, transform_at) if at is not None}
+    used = {at for at in (type_at, method_at, transform_at, sparsity_at) if at is not None}
     return Resolved(
         tensor[0],
         type_name,
         "rtn" if method == "awq" else method,
         None if transform == "none" else transform,
         tuple(sorted(used)),
+        sparsity,
     )
 
 
 def _spelt_out(setting: tuple[Any, ...], roles: Mapping[Role, list[int | None]]) -> Iterable[Rule]:
     """One rule for all roles that have this setting in the same layers."""
-    part, type_name, method, transform, outside = setting
+    part, type_name, method, transform, sparsity, outside = setting
     together: dict[tuple[int, ...], list[Role]] = {}
     for role, layers in roles.items():
         together.setdefault(tuple(sorted(layer for layer in layers if layer is not None)), []).append(role)
@@ -225,4 +255,4 @@ def _spelt_out(setting: tuple[Any, ...], roles: Mapping[Role, list[int | None]])
     for numbers, names in together.items():
         run = not outside and numbers == tuple(range(numbers[0], numbers[-1] + 1))
         layers = None if outside else Layers(numbers[0], numbers[-1]) if run else numbers
-        yield Rule(tuple(names), layers, pattern, type_name, method, transform or "none")
+        yield Rule(tuple(names), layers, pattern, type_name, method, transform or NONE, sparsity)

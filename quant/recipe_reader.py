@@ -13,6 +13,7 @@ from llmx.errors import IntegrityError, UsageError
 from llmx.models.architecture import Role
 from llmx.quant.protocol import EFFORTS
 from llmx.quant.recipe import CalibrationSettings, Layers, Method, Recipe, Rule, Transform
+from llmx.quant.sparsity import CHOICES, NONE, find_pattern
 
 RECIPE_BYTES = 64 << 10
 DEPTH = 8  # of nested collections; a recipe has three
@@ -54,6 +55,21 @@ class _Loader(yaml.SafeLoader):
         return self.peek_event().start_mark
 
 
+def _without_base_sixty() -> None:
+    """YAML 1.1 reads 2:4 as a number to the base of sixty, 124; YAML 1.2, and everybody who writes it, as a text."""
+    integer = "tag:yaml.org,2002:int"
+    _Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag != integer]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _Loader.add_implicit_resolver(
+        integer, re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
+    )
+
+
+_without_base_sixty()
+
+
 def parse_recipe(data: bytes | str, name: str = "recipe", where: object | None = None) -> Recipe:
     """The recipe in a YAML (or JSON) text. name: what it is called unless it says so itself; where: for errors.
 
@@ -80,8 +96,9 @@ def from_data(value: object, name: str = "recipe", where: object | None = None) 
         problems.append("type: missing; a file mix such as Q4_K_M, or a grid")
     if problems:
         raise UsageError("the recipe cannot be followed", where=where, problems=problems)
-    if fields.get("transform") == "none":
-        del fields["transform"]
+    for key in ("transform", "sparsity"):
+        if fields.get(key) == NONE:
+            del fields[key]
     return Recipe(**{"name": name, **fields})
 
 
@@ -138,6 +155,19 @@ def _one_of(what: str, choices: tuple[str, ...]) -> Reader:
         return None
 
     return read
+
+
+def _sparsity(value: object, place: str, problems: list[str]) -> str | None:
+    if value == NONE:
+        return NONE
+    try:
+        if isinstance(value, str):
+            return find_pattern(value).name
+    except UsageError as error:
+        problems.append(f"{place}: {error.what}; choose {CHOICES}")
+        return None
+    problems.append(f"{place}: this is {_kind(value)}; choose {CHOICES}")
+    return None
 
 
 def _roles(value: object, place: str, problems: list[str]) -> tuple[str, ...]:
@@ -202,8 +232,8 @@ def _rules(value: object, place: str, problems: list[str]) -> tuple[Rule, ...]:
 
 def _rule(value: object, place: str, problems: list[str]) -> Rule:
     fields = _fields(value, _RULE, place, problems)
-    if isinstance(value, Mapping) and not value.keys() & {"type", "method", "transform"}:
-        problems.append(f"{place}: gives nothing; say a type, a method or a transform")
+    if isinstance(value, Mapping) and not value.keys() & _GIVEN.keys():
+        problems.append(f"{place}: gives nothing; say a type, a method, a transform or a sparsity")
     return Rule(**fields)
 
 
@@ -211,6 +241,7 @@ _GIVEN: Mapping[str, Reader] = {
     "type": _type,
     "method": _one_of("method", METHODS),
     "transform": _one_of("transform", TRANSFORMS),
+    "sparsity": _sparsity,
 }
 _RULE: Mapping[str, Reader] = {"roles": _roles, "layers": _layers, "pattern": _pattern, **_GIVEN}
 _RECIPE: Mapping[str, Reader] = {
