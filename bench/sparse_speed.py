@@ -110,8 +110,8 @@ def sparse_int8(weight: torch.Tensor, x: torch.Tensor, cutlass: bool) -> Work:
     packed: Any = to_sparse_semi_structured(weight)
     across, wide = x.t(), torch.int32
     if cutlass:
-        return lambda: torch._sparse_semi_structured_mm(packed.packed, packed.meta, across, out_dtype=wide)
-    return lambda: torch._cslt_sparse_mm(packed.packed, across, out_dtype=wide)
+        return lambda: torch.ops.aten._sparse_semi_structured_mm(packed.packed, packed.meta, across, out_dtype=wide)
+    return lambda: torch.ops.aten._cslt_sparse_mm(packed.packed, across, out_dtype=wide)
 
 
 def whole_numbers(weight: torch.Tensor) -> torch.Tensor:
@@ -132,12 +132,11 @@ def int8(weight: torch.Tensor, tokens: int) -> tuple[Work, Callable[[bool], Work
     codes = whole_numbers(weight)
     # torch's dense product of int8 takes more than 16 rows: fewer are padded, as a server would have to.
     x = torch.randint(-127, 128, (max(tokens, 32), weight.shape[1]), device="cuda", dtype=torch.int8)
-    dense: Any = torch
 
     def exact() -> torch.Tensor:
         return codes.double() @ x.double().t()
 
-    return (lambda: dense._int_mm(x, codes.t())), (lambda cutlass: sparse_int8(codes, x, cutlass)), exact
+    return (lambda: torch.ops.aten._int_mm(x, codes.t())), (lambda cutlass: sparse_int8(codes, x, cutlass)), exact
 
 
 KINDS = {"f16": half, "int8": int8}
