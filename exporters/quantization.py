@@ -17,16 +17,18 @@ from llmx.exporters.encoding import SOLVABLE
 from llmx.exporters.format_types import FormatTypes
 from llmx.exporters.gguf_metadata import SCALED, SOLVED
 from llmx.exporters.recipe_file import find_recipe
+from llmx.exporters.sparsity import MAGNITUDE, Sparsity, note_of, problems_of, sparsity_of
 from llmx.models.calibration_text import CalibrationText, read_calibration, sequences
 from llmx.models.model import Model
 from llmx.quant.protocol import EFFORTS
 from llmx.quant.recipe import CalibrationSettings, Recipe, Resolved, Tensor, idle_rules, resolve
+from llmx.quant.sparsity import NONE, find_pattern
 
 if TYPE_CHECKING:
     from llmx.exporters.statistics_folder import StatisticsFolder
     from llmx.quant.calibrate import Calibration
 
-METHODS = ("auto", "rtn", "awq", "gptq")
+METHODS = ("auto", "rtn", "awq", "gptq", "sparsegpt", "wanda", "magnitude")
 DEVICES = ("auto", "cpu", "cuda")
 LENGTH = 256
 SHORTEST = 16  # tokens of a sequence: with fewer, most of what a model sees is its beginning
@@ -50,7 +52,8 @@ FLOAT_BITS = 16.0
 class Quantization:
     """recipe: what was asked for, spelt out. text: None where nothing is calibrated. notes: for the user.
 
-    inputs_only: what is calibrated are the scales of inputs; weights are rounded, as without a text.
+    inputs_only: what is calibrated are the scales of inputs; weights are rounded, as without a text. sparsity: what is
+    pruned, None where nothing is.
     """
 
     recipe: Recipe
@@ -62,11 +65,17 @@ class Quantization:
     statistics: Path | None = None
     notes: tuple[str, ...] = ()
     inputs_only: bool = False
+    sparsity: Sparsity | None = None
 
     @property
     def rounds(self) -> bool:
-        """Whether every tensor is just rounded to the nearest."""
+        """Whether every tensor is just rounded to the nearest, sparse ones after their smallest weights have gone."""
         return _rounds(self.resolved)
+
+    @property
+    def prunes_only(self) -> bool:
+        """Whether the smallest weights of sparse matrices go, and nothing is solved."""
+        return self.sparsity is not None and (self.text is None or self.inputs_only)
 
     @property
     def calibrated(self) -> bool:
@@ -76,7 +85,7 @@ class Quantization:
     def solver(self) -> str | None:
         """What the artifact says of how its weights were changed; None where they are rounded."""
         if self.text is None or self.inputs_only:
-            return None
+            return None if self.sparsity is None else SOLVED
         return SCALED if any(got.transform is not None for got in self.resolved.values()) else SOLVED
 
     def to_json(self) -> dict[str, Any]:
@@ -105,6 +114,7 @@ class Wishes:
     statistics: Path | None = None
     device: str = "auto"
     importance: bool = False  # an importance matrix is given
+    sparsity: str | None = None
     calibrate: bool | None = None  # what an earlier export did, whatever `auto` would decide here
 
 
@@ -131,6 +141,8 @@ def chosen_recipe(wishes: Wishes, type_name: str | None) -> Recipe:
         changed["method"] = wishes.method
     if wishes.effort is not None:
         changed["effort"] = wishes.effort
+    if wishes.sparsity is not None:
+        changed["sparsity"] = None if wishes.sparsity == NONE else find_pattern(wishes.sparsity).name
     return replace(recipe, **changed)
 
 
@@ -146,7 +158,7 @@ def quantization(
     layers = model.architecture.layers
     tensors: list[Tensor] = [(spec.name, spec.role, spec.layer, layers) for spec in specs]
     resolved = {got.name: _spelt(got, types) for got in resolve(recipe, tensors)}
-    _check(wishes, resolved, types)
+    _check(wishes, recipe, resolved, types)
     idle = idle_rules(recipe, resolved.values())
     if idle:
         raise UsageError(
@@ -167,10 +179,12 @@ def quantization(
     tokens = wishes.tokens or settings.tokens
     length = min(settings.length, model.architecture.context_length)
     note = _why_not(wishes, resolved, _fewest_bits(resolved, base, types), parameters * tokens, threads)
-    made = Quantization(recipe, resolved, None, tokens, length, statistics=wishes.statistics)
+    said = sparsity_of(resolved, model.architecture)
+    notes = () if said is None else (note_of(said, resolved, model),)
+    made = Quantization(recipe, resolved, None, tokens, length, statistics=wishes.statistics, sparsity=said)
     if note is not None:
-        return replace(made, notes=(note,) if note else ())
-    return replace(made, text=read_calibration(wishes.calibration), device=_device(wishes.device))
+        return replace(made, notes=(*notes, note) if note else notes)
+    return replace(made, notes=notes, text=read_calibration(wishes.calibration), device=_device(wishes.device))
 
 
 def calibrated_memory(model: Model, tokens: int) -> int:
@@ -199,14 +213,14 @@ def default_tokens(parameters: int) -> int:
 
 def _wanting(resolved: Mapping[str, Resolved]) -> list[str]:
     """Methods that some tensor is given and that cannot do without a calibration."""
-    gptq = any(got.method == "gptq" for got in resolved.values())
+    solved = sorted({got.method for got in resolved.values() if got.method in ("gptq", "sparsegpt", "wanda")})
     scaled = sorted({got.transform for got in resolved.values() if got.transform is not None})
-    return [*(["gptq"] if gptq else []), *scaled]
+    return [*solved, *scaled]
 
 
 def _rounds(resolved: Mapping[str, Resolved]) -> bool:
-    """Whether every tensor is just rounded to the nearest."""
-    return all(got.method == "rtn" and got.transform is None for got in resolved.values())
+    """Whether every tensor is just rounded to the nearest, sparse ones after their smallest weights have gone."""
+    return all(got.method in ("rtn", MAGNITUDE) and got.transform is None for got in resolved.values())
 
 
 def _spelt(got: Resolved, types: FormatTypes) -> Resolved:
@@ -218,8 +232,8 @@ def _fewest_bits(resolved: Mapping[str, Resolved], base: str, types: FormatTypes
     return min(types.bits(name) for name in (base, *(got.type for got in resolved.values() if got.type)))
 
 
-def _check(wishes: Wishes, resolved: Mapping[str, Resolved], types: FormatTypes) -> None:
-    problems = []
+def _check(wishes: Wishes, recipe: Recipe, resolved: Mapping[str, Resolved], types: FormatTypes) -> None:
+    problems = problems_of(resolved, recipe.sparsity, recipe.method)
     if wishes.importance and (wanting := _wanting(resolved)):
         problems.append(f"--imatrix holds mean squares alone; {' and '.join(wanting)} need whole second moments")
     if wishes.importance and wishes.calibration is not None:
@@ -273,17 +287,23 @@ def _why_not(wishes: Wishes, resolved: Mapping[str, Resolved], bits: float, work
 
 
 def assignments(quantization: Quantization, types: Mapping[str, str]) -> dict[str, Assignment]:
-    """What each tensor to be solved gets. types: canonical name -> encoding."""
-    return {
+    """What each tensor to be solved gets. types: canonical name -> encoding.
+
+    A sparse one that no grid takes is solved as float32: the exporter then keeps it as planned.
+    """
+    found = {
         name: Assignment(
-            type_name,
-            quantization.resolved[name].method,
-            quantization.resolved[name].transform == "awq",
-            quantization.resolved[name].transform == "smoothquant",
+            types[name] if types.get(name) in SOLVABLE else "F32",
+            got.method,
+            got.transform == "awq",
+            got.transform == "smoothquant",
+            got.sparsity,
         )
-        for name, type_name in types.items()
-        if type_name in SOLVABLE and name in quantization.resolved
+        for name, got in quantization.resolved.items()
+        if types.get(name) in SOLVABLE or got.sparsity is not None
     }
+    order = {name: number for number, name in enumerate(types)}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def calibration_of(
@@ -294,7 +314,7 @@ def calibration_of(
     Raises: what `sequences` and StatisticsFolder raise.
     """
     # Here, not above: rounding needs no torch, whose import takes a second and 150 MB.
-    from llmx.exporters.statistics_folder import StatisticsFolder, checkpoint_identity
+    from llmx.exporters.statistics_folder import StatisticsFolder
     from llmx.quant.calibrate import Calibration
     from llmx.quant.inputs import batches
 
@@ -309,7 +329,7 @@ def calibration_of(
     store = None
     if wanted.statistics is not None:
         identity = {
-            "checkpoint": checkpoint_identity(model.checkpoint),
+            "checkpoint": model.checkpoint.identity(),
             "text": wanted.text.sha256,
             "sequences": _digest(found),
             "held_out_every": HELD_OUT_EVERY,
@@ -322,7 +342,8 @@ def calibration_of(
 
 def _identity(assigned: Assignment) -> list[str | bool]:
     """What of an assignment changes the statistics of later tensors."""
-    return [assigned.type_name, assigned.method, assigned.scaled, *(["smoothed"] if assigned.smoothed else [])]
+    more = [*(["smoothed"] if assigned.smoothed else []), *([assigned.sparsity] if assigned.sparsity else [])]
+    return [assigned.type_name, assigned.method, assigned.scaled, *more]
 
 
 def _digest(found: Sequence[Sequence[int]]) -> str:

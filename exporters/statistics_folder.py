@@ -8,7 +8,6 @@ The statistics of a layer depend on how the layers before it were quantized, so 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,6 @@ from llmx.errors import IntegrityError, ResourceError, UsageError
 from llmx.exporters.artifact import write_text
 from llmx.formats.json_text import read_object
 from llmx.formats.safetensors import open_safetensors, write_safetensors
-from llmx.models.checkpoint import Checkpoint
 from llmx.quant.statistics import Moments, Statistics
 
 MANIFEST = "statistics.json"
@@ -115,12 +113,3 @@ class StatisticsFolder:
             self._folder / f"{key}.safetensors",
             [(name, "F32", values.shape, [np.ascontiguousarray(values).tobytes()]) for name, values in arrays.items()],
         )
-
-
-def checkpoint_identity(checkpoint: Checkpoint) -> str:
-    """A sha256 over config.json and every weight file's name, size, header and time of change."""
-    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
-    for path in checkpoint.files:
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()

@@ -41,6 +41,7 @@ def commands() -> None:
 @options.limits
 @click.option("--ort", is_flag=True, default=None, help="ONNX: write an .ort file too, for onnxruntime on phones.")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
+@click.option("--resume", is_flag=True, help="Go on with what the same export left when it was stopped.")
 @options.json_option
 def export(output: Path | None, validate: bool, force: bool, as_json: bool, **chosen: Any) -> None:
     """Turn MODEL (a folder, a hub id, or a GGUF file for ONNX) into an artifact, rerun it and report.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmx import publishing, rebuilding
+from llmx import publishing, rebuilding, resuming
 from llmx.memory import peak_rss_bytes, require_memory
 from llmx.preparing import ExportRequest, Prepared, prepare
 from llmx.validating import require_runtime, validate
@@ -17,6 +16,7 @@ from llmx.validating import require_runtime, validate
 if TYPE_CHECKING:
     from llmx.exporters.solving import Solved
     from llmx.exporters.target import Exporter, WrittenTensor
+    from llmx.exporters.workplace import Workplace
     from llmx.validate.report import Report
 
 
@@ -67,13 +67,14 @@ def export(request: ExportRequest) -> ExportResult:
     """
     from llmx.exporters import artifact
     from llmx.exporters.manifest import SourceHashes, as_text, manifest_path
+    from llmx.exporters.workplace import workplace
 
     started = time.monotonic()
     request, manifest = rebuilding.as_it_was(request)
     prepared = prepare(request, manifest)
     exporter, model, is_folder = prepared.exporter, prepared.model, prepared.format.is_folder
     targets = exporter.targets(request.output)
-    workplace = _workplace(prepared, targets)
+    place = _place(prepared, targets)
     if request.ort:
         from llmx.exporters.onnx_mobile import check_convertible
 
@@ -81,19 +82,21 @@ def export(request: ExportRequest) -> ExportResult:
     if request.validate:
         require_runtime(request.format)
         require_memory(exporter.plan.parameters)
-    artifact.make_folder(workplace.parent)
-    artifact.check_room(workplace.parent, exporter.plan.nbytes * (2 if prepared.quantization.calibrated else 1))
-    with SourceHashes(model.checkpoint) as source:
-        exporter.check_weights()
-        source_files = source.result()
-    if manifest is not None:
-        rebuilding.check_source(source_files, manifest)
-    with artifact.partial_files([*targets, manifest_path(targets[0])], workplace) as (*partial, kept):
-        written, solved = _written(prepared, partial)
+    artifact.make_folder(place.parent)
+    artifact.check_room(place.parent, exporter.plan.nbytes * (2 if prepared.quantization.calibrated else 1))
+    key = resuming.key_of(prepared)
+    with workplace([*targets, manifest_path(targets[0])], place, key, resume=request.resume) as work:
+        *partial, kept = work.files
+        with SourceHashes(model.checkpoint) as source:
+            exporter.check_weights()
+            source_files = source.result()
+        if manifest is not None:
+            rebuilding.check_source(source_files, manifest)
+        written, solved = _written(prepared, work, partial)
         model.checkpoint.check_unchanged()
         seconds, peak = time.monotonic() - started, peak_rss_bytes()
         files = publishing.described(partial, targets)
-        told = _told(prepared, solved)
+        told = {**_told(prepared, solved), **publishing.built(partial)}
         facts = _export_facts(prepared, told, files, written, seconds, peak)
         proof = rebuilding.manifest_of(prepared, source_files, files, written)
         if manifest is not None:
@@ -123,7 +126,7 @@ def _converted(artifact: Path) -> Path:
     return convert(artifact)
 
 
-def _workplace(prepared: Prepared, targets: list[Path]) -> Path:
+def _place(prepared: Prepared, targets: list[Path]) -> Path:
     """Beside which path files are written before they are published. Raises: UsageError for targets in the way."""
     from llmx.exporters import artifact
     from llmx.exporters.manifest import SOURCE_NAMES
@@ -150,7 +153,7 @@ def _judged(prepared: Prepared, artifact: Path, facts: dict[str, object]) -> Rep
     )
 
 
-def _written(prepared: Prepared, partial: list[Path]) -> tuple[list[WrittenTensor], Solved | None]:
+def _written(prepared: Prepared, work: Workplace, partial: list[Path]) -> tuple[list[WrittenTensor], Solved | None]:
     """Solve what is to be solved and write the files: the tensors in them, and what the solver tells."""
     if not prepared.quantization.calibrated:
         return _write(prepared.exporter, partial, None), None
@@ -160,23 +163,22 @@ def _written(prepared: Prepared, partial: list[Path]) -> tuple[list[WrittenTenso
     planned = assignments(prepared.quantization, prepared.exporter.types_to_solve())
     calibration, store = calibration_of(prepared.model, prepared.quantization, planned)
     if prepared.quantization.inputs_only:
-        exporter = prepared.exporter.calibrated(prepared.model, calibration, prepared.threads)
+        exporter = prepared.exporter.calibrated(prepared.exporter.model, calibration, prepared.threads)
         return _write(exporter, partial, None), None
-    with tempfile.TemporaryDirectory(prefix="solved-", dir=partial[0].parent) as folder:
-        effort = prepared.quantization.recipe.effort
-        solved = solve_tensors(
-            prepared.model,
-            planned,
-            calibration,
-            effort,
-            Path(folder),
-            prepared.threads,
-            prepared.exporter.static_inputs(),
-        )
-        if store is not None:
-            store.finish()
-        exporter = prepared.exporter.calibrated(solved.model, calibration, prepared.threads)
-        return _write(exporter, partial, solved), solved
+    solved = solve_tensors(
+        prepared.model,
+        planned,
+        calibration,
+        prepared.quantization.recipe.effort,
+        work.kept,
+        work.journal,
+        prepared.threads,
+        prepared.exporter.static_inputs(),
+    )
+    if store is not None:
+        store.finish()
+    exporter = prepared.exporter.calibrated(solved.model, calibration, prepared.threads)
+    return _write(exporter, partial, solved), solved
 
 
 def _write(exporter: Exporter, partial: list[Path], solved: Solved | None) -> list[WrittenTensor]:
@@ -230,6 +232,7 @@ def _export_facts(
             "seconds": round(seconds, 3),
             "peak_rss_bytes": peak,
             **told,
+            "bytes": sum(file["bytes"] for file in files),
             "tensors": tensors,
             "files": list(files),
         }

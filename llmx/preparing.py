@@ -27,10 +27,21 @@ FORMAT_OPTIONS = {
     "imatrix": "--imatrix",
     "split_max_size": "--split-max-size",
     "dialect": "--dialect",
+    "builder": "--builder",
+    "max_batch": "--max-batch",
+    "max_input": "--max-input",
+    "max_length": "--max-length",
+    "timing_cache": "--timing-cache",
+    "refit": "--refit",
+    "portable": "--portable",
+    "optimization_level": "--optimization-level",
     "ort": "--ort",
     "target_size": "--target-size",
     "target_bpw": "--target-bpw",
 }
+
+
+SPARSE_TYPE = "F16"  # of a sparse export that names none: pruning alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +49,12 @@ class ExportRequest:
     """Everything `llmx export` can be told. `output` is a folder, or a file for one-file formats.
 
     method, effort: None takes the recipe's, or auto and balanced. dialect: None takes the format's own first one.
+    builder, timing_cache, refit, portable, optimization_level: how an engine is built, None as its builder does it.
+    max_batch, max_input, max_length: sequences, new positions, and positions in all that an engine takes at most.
     ort: whether an .ort file, made of the artifact and not part of it, is written beside it.
     output: None takes the current folder, or one in it that is named after the artifact where that is a folder.
+    resume: go on with what the same export left when it was stopped. sparsity: the pattern of zeros, "2:4" or "50%";
+    None takes the recipe's; without a type the weights that are left stay floats.
     from_manifest: a manifest that says all that shapes the bytes; model may then be empty where the manifest names a
     hub id.
     """
@@ -49,10 +64,19 @@ class ExportRequest:
     bits: int | None = None
     type_name: str | None = None
     dialect: str | None = None
+    builder: str | None = None
+    max_batch: int | None = None
+    max_input: int | None = None
+    max_length: int | None = None
+    timing_cache: Path | None = None
+    refit: bool | None = None
+    portable: bool | None = None
+    optimization_level: int | None = None
     ort: bool | None = None
     revision: str | None = None
     method: str | None = None
     effort: str | None = None
+    sparsity: str | None = None
     recipe: str | None = None
     calibration: Path | None = None
     calibration_tokens: int | None = None
@@ -67,6 +91,7 @@ class ExportRequest:
     threads: int = 0
     validate: bool = True
     force: bool = False
+    resume: bool = False
     text: Path | None = None
     limits: Limits | None = None
     positions: int | None = None
@@ -138,9 +163,10 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
             f"--statistics keeps what weights are solved with, and {draft.type_name} rounds them",
             fix="leave it out, or choose --method gptq",
         )
-    exporter = draft.planned(model, decided, threads)
+    exporter = draft.planned(_as_read(model, decided), decided, threads)
     if request.target_size is not None or request.target_bpw is not None:
         exporter = _within_budget(request, exporter, decided.text, threads)
+    _check_sparse(exporter, decided, target)
     if decided.calibrated and not quantization.assignments(decided, exporter.types_to_solve()):
         raise UsageError(
             f"a {draft.type_name} file holds no quantized tensor: there is nothing to calibrate",
@@ -149,9 +175,29 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
     return Prepared(request, target, model, exporter, decided, threads)
 
 
+def _as_read(model: Model, decided: Quantization) -> Model:
+    """The model as the exporter reads it: sparse already where the smallest weights go and nothing is solved."""
+    if not decided.prunes_only:
+        return model
+    from llmx.exporters.sparsity import pruned_by_magnitude
+
+    return pruned_by_magnitude(model, decided.resolved)
+
+
+def _check_sparse(exporter: Exporter, decided: Quantization, target: Format) -> None:
+    """Raises: UsageError for weights taken over as they are, UnsupportedError for types and shapes without zeros."""
+    from llmx.exporters.sparsity import check_sparse
+
+    if decided.sparsity is None:
+        return
+    if exporter.plan.type_name == target.kept_type:
+        raise UsageError("the weights of a GGUF file are taken over as they are", fix="leave out --sparsity, or --type")
+    check_sparse(decided.resolved, exporter.types_to_solve(), exporter.model)
+
+
 def _measuring(wishes: Wishes, recipe: Recipe) -> tuple[Wishes, Recipe]:
     """With a calibration in any case, which is for inputs: weights of 8 bits gain nothing from being solved."""
-    rounds = recipe.method == "auto"
+    rounds = recipe.method == "auto" and recipe.sparsity is None
     return replace(wishes, calibrate=True), replace(recipe, method="rtn") if rounds else recipe
 
 
@@ -159,6 +205,8 @@ def _default_type(request: ExportRequest, target: Format) -> str:
     """What an export that names no type makes. Raises: UsageError for a GGUF file and a format that cannot keep it."""
     from llmx.exporters.gguf_model import is_gguf
 
+    if request.sparsity is not None:
+        return SPARSE_TYPE
     if not is_gguf(request.model):
         return target.default_type()
     if target.kept_type is None:
@@ -173,6 +221,7 @@ def _wishes(request: ExportRequest, manifest: Manifest | None) -> Wishes:
         recipe=request.recipe,
         method=request.method,
         effort=request.effort,
+        sparsity=request.sparsity,
         calibration=request.calibration,
         tokens=request.calibration_tokens,
         statistics=request.statistics,

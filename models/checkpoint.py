@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -79,6 +81,14 @@ class Checkpoint:
 
     def materialize(self) -> None:
         """Have the weights in `folder` where transformers reads them. A checkpoint's are there."""
+
+    def identity(self) -> str:
+        """A sha256 over the config and every weight file's name, size and time of change."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        for path in self.files:
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()
 
     def check_unchanged(self) -> None:
         """Raises: IntegrityError naming every weight file that was rewritten since the checkpoint was opened."""

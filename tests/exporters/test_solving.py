@@ -22,12 +22,14 @@ from llmx.exporters.assignment import Assignment
 from llmx.exporters.encoding import encoding
 from llmx.exporters.gguf_families import gguf_family
 from llmx.exporters.gguf_tensors import entries, restore
+from llmx.exporters.journal import start
 from llmx.exporters.solving import MatrixSolver, solve_tensors
 from llmx.formats.gguf import read_gguf
 from llmx.formats.safetensors import write_safetensors
 from llmx.models.model import Model, Weight, open_model
 from llmx.models.ops_torch import TorchOps
 from llmx.progress import track
+from llmx.quant.activations import Rounding
 from llmx.quant.calibrate import Calibration
 from llmx.quant.grid import GRIDS
 from llmx.quant.inputs import MatrixInputs, batches
@@ -303,7 +305,7 @@ def test_sums_that_are_not_finite_are_an_error_that_names_the_matrix(
     weight = open_model(solvable("llama")).weight("layers.0.o.weight")
     given = {weight.spec.name: Assignment("Q4_K", "gptq")}
     with track(1, "solving") as progress:
-        solver = MatrixSolver(given, EFFORTS["fast"], tmp_path, one, progress, tied=False)
+        solver = MatrixSolver(given, EFFORTS["fast"], tmp_path, start(tmp_path, {}), "cpu", one, progress, tied=False)
         with pytest.raises(IntegrityError, match=r"not finite[\s\S]*layers\.0\.o\.weight"):
             solver.matrix(weight, None, MatrixInputs.known("layers.0.o", found, one))
 
@@ -334,7 +336,7 @@ def test_only_what_is_assigned_is_solved(solvable: Callable[[str], Path], tmp_pa
     model = open_model(solvable("llama"))
     ids = np.random.default_rng(0).integers(3, 512, (8, 64)).tolist()
     given = {"layers.0.down.weight": Assignment("Q4_K", "gptq"), "layers.1.q.weight": Assignment("Q6_K", "rtn")}
-    solved = solve_tensors(model, given, Calibration(batches(ids, 4)), "fast", tmp_path, 1)
+    solved = solve_tensors(model, given, Calibration(batches(ids, 4)), "fast", tmp_path, start(tmp_path, {}), 1)
     assert set(solved.rows) == set(given)
     assert [(line.name, line.type_name) for line in solved.lines] == [
         ("layers.0.down.weight", "Q4_K"),
@@ -353,8 +355,8 @@ def test_smoothquant_folds_its_scales_before_matrices_are_solved_on_int8(
     names = [f"layers.0.{role}.weight" for role in ("q", "k", "v", "up", "gate", "down")]
     given = {name: Assignment("int8-channel-pos-float32", "gptq", smoothed=True) for name in names}
     calibration = Calibration(batches(ids, 4))
-    static = [name for name in names if "down" not in name]
-    solved = solve_tensors(model, given, calibration, "fast", tmp_path, 1, static)
+    static: dict[str, Rounding] = {name: "uint8" for name in names if "down" not in name}
+    solved = solve_tensors(model, given, calibration, "fast", tmp_path, start(tmp_path, {}), 1, static)
     assert solved.scaling is not None and solved.scaling.folds.scales
     assert all("alpha" in choice.line() or "no scaling" in choice.line() for choice in solved.scaling.choices)
     for name in names:
@@ -363,7 +365,10 @@ def test_smoothquant_folds_its_scales_before_matrices_are_solved_on_int8(
         assert np.linalg.norm(found - folded) < 0.02 * np.linalg.norm(folded)
     plain = {name: Assignment("int8-channel-pos-float32", "gptq") for name in names}
     (tmp_path / "plain").mkdir()
-    assert solve_tensors(model, plain, calibration, "fast", tmp_path / "plain", 1).scaling is None
+    assert (
+        solve_tensors(model, plain, calibration, "fast", tmp_path / "plain", start(tmp_path / "plain", {}), 1).scaling
+        is None
+    )
 
 
 def test_every_method_of_the_table_can_be_solved_with() -> None:

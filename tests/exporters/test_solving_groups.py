@@ -11,6 +11,7 @@ import pytest
 from llmx.exporters.assignment import Assignment
 from llmx.exporters.encoding import encoding
 from llmx.exporters.format_types import ONNX
+from llmx.exporters.journal import start
 from llmx.exporters.quantization import Wishes, assignments, calibration_of, quantization
 from llmx.exporters.solving import MatrixSolver, Solved, solve_tensors
 from llmx.models.model import Model, open_model
@@ -32,7 +33,7 @@ def solve(some_text: Path, tmp_path: Path) -> Run:
         decided = quantization(model, wishes, recipe, type_name, threads, ONNX)
         planned = assignments(decided, {spec.name: type_name for spec in candidates(model.architecture)})
         calibration, _ = calibration_of(model, decided, planned)
-        return solve_tensors(model, planned, calibration, "fast", folder, threads)
+        return solve_tensors(model, planned, calibration, "fast", folder, start(folder, {}), threads)
 
     return run
 

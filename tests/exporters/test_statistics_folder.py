@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmx.errors import IntegrityError, ResourceError, UsageError
-from llmx.exporters.statistics_folder import StatisticsFolder, checkpoint_identity
+from llmx.exporters.statistics_folder import StatisticsFolder
 from llmx.models.checkpoint import open_checkpoint
 from llmx.quant.statistics import Moments, Statistics
 
@@ -129,10 +129,10 @@ def test_a_checkpoint_is_known_by_its_config_and_its_files(tmp_path: Path) -> No
     import shutil
 
     copy = Path(shutil.copytree(EXAMPLE, tmp_path / "copy"))
-    before = checkpoint_identity(open_checkpoint(copy))
-    assert before == checkpoint_identity(open_checkpoint(copy))
+    before = open_checkpoint(copy).identity()
+    assert before == open_checkpoint(copy).identity()
     weights = copy / "model.safetensors"
     os.utime(weights, ns=(1, 1))
-    touched = checkpoint_identity(open_checkpoint(copy))
+    touched = open_checkpoint(copy).identity()
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
-    assert len({before, touched, checkpoint_identity(open_checkpoint(copy))}) == 3
+    assert len({before, touched, open_checkpoint(copy).identity()}) == 3
