@@ -28,16 +28,20 @@ from llmx.exporters.onnx_ops import Rows as States
 from llmx.exporters.onnx_run import Run
 from llmx.exporters.onnx_write import MEMORY_PER_WEIGHT, Placed, Rows, chunk_weights, digests, write_data
 from llmx.exporters.plan import Plan, PlannedFile, Step
+from llmx.exporters.sparsity import SPARSITY_KEY
+from llmx.exporters.trt_graph import ENGINE_DIALECTS, EngineOptions, engine_notes, record_engine
 from llmx.formats.onnx import (
     CODES,
     DATA_SUFFIX,
     FLOATS,
     IR_VERSION,
     IR_VERSION_2_BITS,
+    IR_VERSION_PLAIN,
     LOGITS,
     MODEL_NAME,
     OPSET,
     OPSET_2_BITS,
+    OPSET_PLAIN,
     TYPES_KEY,
     VENDOR_DOMAIN,
     VENDOR_OPSET,
@@ -87,6 +91,7 @@ class OnnxOptions:
     types: canonical name -> encoding, of the matrices that are; a float type is the same as none. wanted: the types
     that tensors would have had if their rows allowed it. mix: the name of it all, as plans show it. scales: canonical
     name -> the static scale of a matrix's inputs, where these are rounded to 8 bits; without one they are by row.
+    capacity, wide_head: of graphs for TensorRT, see llmx.exporters.trt_graph.EngineOptions.
     """
 
     type_name: str = "F32"
@@ -98,6 +103,9 @@ class OnnxOptions:
     threads: int = 1
     effort: Effort = "balanced"
     solver: str | None = None  # SOLVED or SCALED, where weights are not just rounded
+    sparsity: str | None = None  # what stands under SPARSITY_KEY
+    capacity: int | None = None
+    wide_head: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +130,7 @@ def prepare(model: Model, options: OnnxOptions, tokenizer: Tokenizer | None = No
     tokenizer: with it, the folder is one that onnxruntime-genai loads.
     Raises: UsageError for a dialect or a type that there is not.
     """
-    if options.dialect not in DIALECTS:
+    if options.dialect not in DIALECTS and options.dialect not in ENGINE_DIALECTS:
         raise UsageError(f"there is no dialect {options.dialect!r}", fix=f"choose one of {', '.join(DIALECTS)}")
     if options.type_name not in FLOATS:
         raise UsageError(f"ONNX holds no weights of type {options.type_name}", fix=f"choose one of {', '.join(FLOATS)}")
@@ -138,7 +146,7 @@ def prepare(model: Model, options: OnnxOptions, tokenizer: Tokenizer | None = No
         offset, nbytes = lies[recorder.views.get(name, name)]
         assert value.dtype is not None and isinstance(value.shape, ir.Shape), "a stored tensor has a type and a shape"
         value.const_value = ir.ExternalTensor(data_name, offset, nbytes, value.dtype, shape=value.shape, name=name)
-    beside = {} if tokenizer is None else _beside(model, tokenizer, graph, DIALECTS[options.dialect])
+    beside = {} if tokenizer is None else _beside(model, tokenizer, graph, options.dialect)
     plan = Plan(
         format="onnx",
         type_name=options.mix or options.type_name,
@@ -148,29 +156,64 @@ def prepare(model: Model, options: OnnxOptions, tokenizer: Tokenizer | None = No
             PlannedFile(data_name, data_bytes),
             *(PlannedFile(name, len(content)) for name, content in beside.items()),
         ),
-        notes=(*notes(model.architecture, graph), *([NO_TOKENIZER] if tokenizer is not None and not beside else [])),
+        notes=(*_notes(model, graph, options), *([NO_TOKENIZER] if tokenizer is not None and not beside else [])),
         peak_memory_bytes=_BASE_MEMORY
         + MEMORY_PER_WEIGHT * (2 * options.threads + 1) * max(chunk_weights(one) for one in stored),
     )
     return OnnxExport(plan, model, options, graph, stored, tuple(offsets), beside)
 
 
-def _beside(model: Model, tokenizer: Tokenizer, graph: ir.Model, dialect: Dialect) -> dict[str, bytes]:
+def _notes(model: Model, graph: ir.Model, options: OnnxOptions) -> tuple[str, ...]:
+    return engine_notes(model) if options.dialect in ENGINE_DIALECTS else notes(model.architecture, graph)
+
+
+def _beside(model: Model, tokenizer: Tokenizer, graph: ir.Model, dialect: str) -> dict[str, bytes]:
+    if dialect in ENGINE_DIALECTS:  # onnxruntime-genai runs no graphs of theirs
+        return {}
     inputs = {str(value.name) for value in graph.graph.inputs}
     folder = model.checkpoint.folder
-    return companions(model.architecture, tokenizer, folder, inputs, shares_cache=dialect.shares_cache)
+    return companions(model.architecture, tokenizer, folder, inputs, shares_cache=DIALECTS[dialect].shares_cache)
 
 
 def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]:
-    """The forward pass as a graph of the dialect, its weights not yet placed.
+    """The forward pass as a graph of the dialect, its weights not yet placed; of its inputs and outputs tells
+    `record_padded`, and llmx.exporters.trt_graph of those of graphs for TensorRT."""
+    recorder = GraphRecorder(options.type_name)
+    quantized = {name: kind for name, kind in options.types.items() if kind in GROUP_ENCODINGS}
+    engine = ENGINE_DIALECTS.get(options.dialect)
+    if engine is not None:
+        chosen = EngineOptions(options.capacity, options.wide_head)
+        graph = record_engine(recorder, model, engine, quantized, options.scales, chosen)
+    else:
+        graph = record_padded(recorder, model, options, quantized)
+    drop_unused(graph)
+    if engine is None:
+        DIALECTS[options.dialect].finish(graph)
+    about = {"llmx.dialect": options.dialect, "llmx.type": options.mix or options.type_name}
+    if quantized:
+        about[TYPES_KEY] = json.dumps(quantized)
+    if options.solver is not None:
+        about[SOLVER_KEY] = options.solver
+    if options.sparsity is not None:
+        about[SPARSITY_KEY] = options.sparsity
+    version = IR_VERSION_2_BITS if _has_2_bits(recorder) else IR_VERSION
+    if engine is not None and engine.opset == OPSET_PLAIN:
+        version = IR_VERSION_PLAIN
+    made = ir.Model(graph, ir_version=version, producer_name="llmx", producer_version=metadata.version("llmx"))
+    made.metadata_props.update(about)
+    return recorder, made
+
+
+def record_padded(
+    recorder: GraphRecorder, model: Model, options: OnnxOptions, quantized: Mapping[str, str]
+) -> ir.Graph:
+    """The graph whose cache grows, under a mask of padding on the left.
 
     Inputs: tokens i64[B, T], mask i64[B, S], positions i64[B, T] where the dialect needs them, and a layer's keys and
     values float[B, kv heads, S - T, D] each. Outputs: logits f32[B, T, V], the keys and values of all S positions.
     """
     dialect, architecture = DIALECTS[options.dialect], model.architecture
-    recorder = GraphRecorder(options.type_name)
     run = Run(recorder, architecture)
-    quantized = {name: kind for name, kind in options.types.items() if kind in GROUP_ENCODINGS}
     ops = RecordingOps(run, model, dialect.operators, quantized, options.scales)
     tokens, _, positions = States(run.tokens), run.mask, States(run.positions)  # declared in this order
     logits = forward(model, ops, tokens, positions).value
@@ -181,7 +224,7 @@ def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]
     for name, value in ops.presents.items():
         shape = ("batch", architecture.kv_heads, "total", architecture.head_dim)
         _declare(value, name, recorder.float_type, shape)
-    graph = ir.Graph(
+    return ir.Graph(
         [value for value in recorder.inputs.values() if value.uses()],
         [logits, *ops.presents.values()],
         nodes=recorder.nodes,
@@ -189,17 +232,6 @@ def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]
         opset_imports=_opsets(dialect, recorder),
         name=architecture.family,
     )
-    drop_unused(graph)
-    dialect.finish(graph)
-    about = {"llmx.dialect": dialect.name, "llmx.type": options.mix or options.type_name}
-    if quantized:
-        about[TYPES_KEY] = json.dumps(quantized)
-    if options.solver is not None:
-        about[SOLVER_KEY] = options.solver
-    version = IR_VERSION_2_BITS if _has_2_bits(recorder) else IR_VERSION
-    made = ir.Model(graph, ir_version=version, producer_name="llmx", producer_version=metadata.version("llmx"))
-    made.metadata_props.update(about)
-    return recorder, made
 
 
 def _has_2_bits(recorder: GraphRecorder) -> bool:

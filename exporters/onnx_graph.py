@@ -65,6 +65,11 @@ class Quantized:
         return self.encoding.layout
 
     @property
+    def group(self) -> int | None:
+        """Weights that share a scale; None where those of an output do."""
+        return self.layout.group
+
+    @property
     def pad(self) -> int:
         return -self.rows % (8 // self.layout.bits) if self.columns else 0
 
@@ -118,7 +123,7 @@ def onnx_type(type_name: str) -> ir.DataType:
     return ir.DataType[FLOATS[type_name].onnx if type_name in FLOATS else type_name]
 
 
-def _named(piece: Piece) -> tuple[str, int | None]:
+def named(piece: Piece) -> tuple[str, int | None]:
     """The weight's name, and which expert the rows are."""
     spec = piece.weight.spec
     return spec.name, piece.start // spec.shape[-2] if len(spec.shape) == 3 else None
@@ -171,10 +176,11 @@ class GraphRecorder:
         self.nodes.append(node)
         return node.outputs
 
-    def weight(self, weight: Weight, offset: float = 0.0) -> ir.Value:
-        """A weight in its canonical shape, stored once however often it is used."""
+    def weight(self, weight: Weight, offset: float = 0.0, type_name: str | None = None) -> ir.Value:
+        """A weight in its canonical shape, stored once however often it is used. type_name: where not the graph's."""
         shape = weight.spec.shape
-        return self.keep(Stored(weight.spec.name, shape, self.type_name, (whole(weight),), offset=offset))
+        kind = type_name or self.type_name
+        return self.keep(Stored(weight.spec.name, shape, kind, (whole(weight),), offset=offset))
 
     def table(self, name: str, values: np.ndarray) -> ir.Value:
         """A table that the exporter made, stored once under its name."""
@@ -188,17 +194,22 @@ class GraphRecorder:
             self._values[stored.name] = ir.Value(name=stored.name, type=kind, shape=ir.Shape(stored.shape))
         return self._values[stored.name]
 
-    def quantized(self, pieces: Sequence[Piece], encoding: GroupEncoding, *, columns: bool) -> Parts:
-        """The parts of a matrix of few bits, stored once however often it is used."""
+    def quantized(
+        self, pieces: Sequence[Piece], encoding: GroupEncoding, *, columns: bool, scale_type: str | None = None
+    ) -> Parts:
+        """The parts of a matrix of few bits, stored once however often it is used. scale_type: if not the graph's."""
         channels = by_channel(encoding)
         columns = columns or channels
-        matrix = Quantized(joined_name([_named(piece) for piece in pieces]), tuple(pieces), encoding, columns)
+        matrix = Quantized(joined_name([named(piece) for piece in pieces]), tuple(pieces), encoding, columns)
         layout, rows, groups = encoding.layout, matrix.rows + matrix.pad, matrix.groups
         kind = integer_type(layout.bits, not layout.zero_points) if columns else "UINT8"
-        zero_bytes = -(-groups * layout.bits // 8)
+        zero_bytes, scale_type = -(-groups * layout.bits // 8), scale_type or self.type_name
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
             CODES: ((matrix.cols, rows) if columns else (rows, groups, layout.group_bytes(matrix.cols)), kind),
-            SCALES: ((rows,) if channels else (groups, rows) if columns else (rows, groups), self.type_name),
+            SCALES: (
+                (rows,) if channels else (groups, rows) if columns else (rows, groups),
+                scale_type or self.type_name,
+            ),
             ZERO_POINTS: ((groups, rows) if columns else (rows, zero_bytes), kind),
         }
         codes, scales, zeros = (

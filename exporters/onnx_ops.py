@@ -12,15 +12,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from llmx.exporters.encoding import GROUP_ENCODINGS, GroupEncoding
+from llmx.exporters.encoding import GroupEncoding
 from llmx.exporters.onnx_attention import Attend, Heads
 from llmx.exporters.onnx_experts import Activate, Experts, Mix, mix_sorted
 from llmx.exporters.onnx_graph import GraphRecorder, Parts, Piece, Stored, by_channel, whole
 from llmx.exporters.onnx_int8 import Int8Products, look_up_channels
 from llmx.exporters.onnx_linear import LookUp, Multiply
+from llmx.exporters.onnx_matrices import Matrices
 from llmx.exporters.onnx_run import Run
 from llmx.formats.onnx import PARTS, joined_name, present
-from llmx.models.architecture import Activation, NormKind, Role, Rope
+from llmx.models.architecture import Activation, NormKind, Rope
 from llmx.models.model import Model, Weight
 from llmx.quant.activations import InputScale
 
@@ -55,10 +56,6 @@ ACTIVATIONS: dict[Activation, Activate] = {
 NORMS: dict[NormKind, str] = {"rms": "RMSNormalization", "layer": "LayerNormalization"}
 
 
-# Matrices with the same inputs, in the order of their outputs: one product in the place of several.
-TOGETHER: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("gate", "up"))
-
-
 @dataclass(frozen=True, slots=True)
 class Operators:
     """What a dialect records. columns: how its quantized matrices lie."""
@@ -86,13 +83,13 @@ class RecordingOps:
         scales: Mapping[str, InputScale],
     ) -> None:
         self.presents: dict[str, ir.Value] = {}
-        self._run, self._graph, self._model, self._operators = run, run.graph, model, operators
-        self._types, self._flat = types, not types
+        self._run, self._graph, self._operators = run, run.graph, operators
+        self._matrices, self._types, self._flat = Matrices(model, types), types, not types
         self._integers = Int8Products(scales)
         self._together: dict[str, tuple[ir.Value, ir.Value]] = {}  # weight -> the inputs and outputs of its product
 
     def embed(self, indices: Rows, table: Weight) -> Rows:
-        encoding = self._encoding(table)
+        encoding = self._matrices.encoding(table)
         if encoding is not None:
             look_up = look_up_channels if by_channel(encoding) else self._operators.look_up
             return Rows(look_up(self._graph, indices.value, self._parts([whole(table)], encoding)))
@@ -114,10 +111,10 @@ class RecordingOps:
         return Rows(normed, x.heads, x.rope)
 
     def linear(self, x: Rows, weight: Weight, bias: Weight | None) -> Rows:
-        encoding = self._encoding(weight)
+        encoding = self._matrices.encoding(weight)
         if encoding is None:
             return Rows(self._gemm(x.value, self._graph.weight(weight), bias))
-        weights = self._sharing(weight)
+        weights = self._matrices.sharing(weight)
         if len(weights) == 1:
             shift = None if bias is None else self._graph.weight(bias)
             return Rows(self._multiply(x.value, self._parts([whole(weight)], encoding), shift))
@@ -129,7 +126,7 @@ class RecordingOps:
         return Rows(output)
 
     def _multiply_together(self, x: ir.Value, weights: Sequence[Weight], encoding: GroupEncoding) -> None:
-        graph, biases = self._graph, [bias for weight in weights if (bias := self._bias(weight)) is not None]
+        graph, biases = self._graph, [bias for weight in weights if (bias := self._matrices.bias(weight)) is not None]
         shift = None
         if biases:
             name = joined_name([(bias.spec.name, None) for bias in biases])
@@ -139,25 +136,6 @@ class RecordingOps:
         sizes = graph.constant([weight.rows for weight in weights])
         for weight, output in zip(weights, graph.outputs(len(weights), "Split", product, sizes, axis=-1), strict=True):
             self._together[weight.spec.name] = x, output
-
-    def _sharing(self, weight: Weight) -> list[Weight]:
-        """The weights that are one product with this one: all of one encoding, all or none with a bias."""
-        spec = weight.spec
-        roles = next((roles for roles in TOGETHER if spec.role in roles), ())
-        names = [f"layers.{spec.layer}.{role}.weight" for role in roles]
-        if not names or not all(self._model.has(name) for name in names):
-            return [weight]
-        found = [self._model.weight(name) for name in names]
-        alike = len({(self._types.get(one.spec.name), self._bias(one) is None) for one in found}) == 1
-        return found if alike else [weight]
-
-    def _bias(self, weight: Weight) -> Weight | None:
-        name = weight.spec.name.removesuffix("weight") + "bias"
-        return self._model.weight(name) if self._model.has(name) else None
-
-    def _encoding(self, weight: Weight) -> GroupEncoding | None:
-        name = self._types.get(weight.spec.name)
-        return None if name is None else GROUP_ENCODINGS[name]
 
     def _parts(self, pieces: Sequence[Piece], encoding: GroupEncoding) -> Parts:
         return self._graph.quantized(pieces, encoding, columns=self._operators.columns)
@@ -239,7 +217,7 @@ class RecordingOps:
         pieces = [Piece(m, expert * sizes[m.spec.name], (expert + 1) * sizes[m.spec.name]) for m in matrices]
         if len({self._types.get(name) for name in sizes}) > 1:
             return self._graph.node("Concat", *(self._expert(x, [one], expert) for one in matrices), axis=-1)
-        encoding = self._encoding(matrices[0])
+        encoding = self._matrices.encoding(matrices[0])
         if encoding is not None:
             return self._multiply(x, self._parts(pieces, encoding), None)
         shape = (sum(sizes.values()), matrices[0].cols)

@@ -12,10 +12,13 @@ from llmx.models.architecture import Rope, RopeKind
 from llmx.models.rope import inverse_frequencies, rope_tables
 
 
-def cos_and_sin(graph: GraphRecorder, rope: Rope, positions: ir.Value, total: ir.Value) -> tuple[ir.Value, ir.Value]:
+def cos_and_sin(
+    graph: GraphRecorder, rope: Rope, positions: ir.Value, total: ir.Value, *, narrow: bool = True
+) -> tuple[ir.Value, ir.Value]:
     """(cos, sin), each float[B, T, dim / 2], attention factor included, computed in float32 when the graph runs.
 
-    positions: i64[B, T]. total: i64[1], the positions of the whole sequence, cached ones included.
+    positions: i64[B, T]. total: i64[1] or i64[B, 1, 1], the positions of whole sequences, cached ones included.
+    narrow: given in the graph's float type, else in float32.
     """
     frequencies = FREQUENCIES.get(rope.kind, _static)(graph, rope, total)
     places = graph.node("Unsqueeze", graph.cast(positions, ir.DataType.FLOAT), graph.constant([-1]))
@@ -25,7 +28,7 @@ def cos_and_sin(graph: GraphRecorder, rope: Rope, positions: ir.Value, total: ir
         values = graph.node(function, angles)
         if rope.attention_factor is not None:
             values = graph.node("Mul", values, graph.constant(rope.attention_factor, "float32"))
-        found.append(graph.floats(values))
+        found.append(graph.floats(values) if narrow else values)
     return found[0], found[1]
 
 

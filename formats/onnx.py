@@ -35,6 +35,8 @@ DATA_SUFFIX = ".data"  # appended to the graph's name
 
 # RMSNormalization, RotaryEmbedding and Attention came with 23. onnxruntime 1.32 has no kernels of some later operators.
 OPSET = 24
+# What TensorRT 8.5 and 8.6 read.
+OPSET_PLAIN, IR_VERSION_PLAIN = 17, 8
 IR_VERSION = 10  # has 4-bit integers, the newest thing that is used; runtimes refuse a version newer than themselves
 VENDOR_DOMAIN = "com.microsoft"
 VENDOR_OPSET = 1
@@ -45,6 +47,7 @@ OPSET_2_BITS, IR_VERSION_2_BITS = 25, 13
 PAGE, LARGE, WORD = 1 << 16, 1 << 20, 64
 
 TOKENS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
+START = "start"  # of graphs for TensorRT: how many positions each sequence's cache holds
 PARTS = ("key", "value")
 CODES, SCALES, ZERO_POINTS = "codes", "scales", "zero_points"
 TABLE, COLUMNS = "table", "columns"  # the ends of other views of a part, for looking up rows
@@ -65,6 +68,7 @@ class FloatType:
 FLOATS: dict[str, FloatType] = {
     "F32": FloatType("FLOAT", "float32", 4),
     "F16": FloatType("FLOAT16", "float16", 2),
+    "BF16": FloatType("BFLOAT16", "bfloat16", 2),  # numpy knows it once ml_dtypes is imported, as onnx-ir does
 }
 
 

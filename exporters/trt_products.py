@@ -1,0 +1,97 @@
+"""Matrix products of a TensorRT graph: float32 goes in and comes out, what is multiplied is of the graph's type.
+
+    floats      x ── Cast ── Gemm(W) ── Cast
+    few bits    x ── Cast ── MatMul(DequantizeLinear(codes, scales)) ── Cast
+    8-bit in    x ── QuantizeLinear ── DequantizeLinear ── MatMul(DequantizeLinear(codes, scales)) ── Cast
+
+TensorRT keeps codes as they are in the engine and multiplies by them; where inputs are rounded to the same kind of
+8 bits it multiplies these. All zero points are zero: it takes no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from llmx.exporters.onnx_graph import GraphRecorder, Parts, onnx_type
+from llmx.formats.onnx import INPUT_SCALE
+from llmx.quant.activations import InputScale
+
+F32 = ir.DataType.FLOAT
+
+
+@dataclass(slots=True)
+class Products:
+    """The products of one graph. scales: canonical name -> the static scale of that matrix's inputs.
+
+    attributes: whether DequantizeLinear can be told what type to give (from opset 23 on).
+    """
+
+    graph: GraphRecorder
+    scales: Mapping[str, InputScale]
+    attributes: bool
+    _narrow: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    _rounded: dict[tuple[ir.Value, float, str], ir.Value] = field(default_factory=dict)
+
+    def narrow(self, x: ir.Value) -> ir.Value:
+        """A float32 value in the graph's type, cast once for all who multiply it."""
+        if self.graph.type_name == "F32":
+            return x
+        if x not in self._narrow:
+            self._narrow[x] = self.graph.cast(x, self.graph.float_type)
+        return self._narrow[x]
+
+    def wide(self, x: ir.Value) -> ir.Value:
+        """A value of the graph's type in float32."""
+        return x if x.dtype == F32 or self.graph.type_name == "F32" else self.graph.cast(x, F32)
+
+    def floats(self, x: ir.Value, matrix: ir.Value, *, wide: bool) -> ir.Value:
+        """f32[R, out] of f32[R, in] and float[out, in]. wide: multiplied in float32, not in the graph's type."""
+        if wide:
+            return self.graph.node("Gemm", x, self.wide(matrix), transB=1)
+        return self.wide(self.graph.node("Gemm", self.narrow(x), matrix, transB=1))
+
+    def quantized(self, x: ir.Value, parts: Parts, *, wide: bool) -> ir.Value:
+        """f32[R, out] of f32[R, in] and a matrix of few bits."""
+        graph, scale = self.graph, self.scales.get(parts.matrix.pieces[0].weight.spec.name)
+        type_name = "F32" if wide else graph.type_name
+        if scale is None:
+            inputs = x if wide else self.narrow(x)
+        else:  # before opset 19 what is dequantized is float32: the builder picks the type of such a product
+            type_name = type_name if self.attributes else "F32"
+            inputs = self._rounded_to_8_bits(x, scale, parts, type_name)
+        product = graph.node("MatMul", inputs, self._dequantized(parts, type_name))
+        if parts.matrix.pad:
+            product = graph.node("Slice", product, *(graph.constant([n]) for n in (0, parts.matrix.rows, -1)))
+        return product if type_name == "F32" else graph.cast(product, F32)
+
+    def _rounded_to_8_bits(self, x: ir.Value, scale: InputScale, parts: Parts, type_name: str) -> ir.Value:
+        graph, name = self.graph, parts.matrix.pieces[0].weight.spec.name.removesuffix(".weight")
+        key = (x, scale.scale, type_name)
+        if key not in self._rounded:
+            step = graph.constant(scale.scale, "float32", name + INPUT_SCALE)
+            zero = self._zero(parts)
+            codes = graph.node("QuantizeLinear", x, step, zero)
+            self._rounded[key] = graph.node("DequantizeLinear", codes, step, zero, **self._given(type_name))
+        return self._rounded[key]
+
+    def _zero(self, parts: Parts) -> ir.Value:
+        """A zero of the codes' type, which is what says the type."""
+        assert parts.codes.dtype is not None, "a stored tensor has a type"
+        return self.graph.constant(0, parts.codes.dtype.numpy().name, "zero")
+
+    def _given(self, type_name: str) -> dict[str, Any]:
+        return {"output_dtype": int(onnx_type(type_name))} if self.attributes and type_name != "F32" else {}
+
+    def _dequantized(self, parts: Parts, type_name: str) -> ir.Value:
+        """float[in, out] of that type."""
+        graph, group = self.graph, parts.matrix.group
+        if group is None:
+            matrix = graph.node("DequantizeLinear", parts.codes, parts.scales, axis=1, **self._given(type_name))
+            return matrix if self.attributes or type_name == "F32" else graph.cast(matrix, onnx_type(type_name))
+        # In groups TensorRT gives the scales' type and no other.
+        matrix = graph.node("DequantizeLinear", parts.codes, parts.scales, axis=0, block_size=group)
+        return matrix if parts.scales.dtype == onnx_type(type_name) else graph.cast(matrix, onnx_type(type_name))
