@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llmx.models.model import Model
     from llmx.models.tokenizer import Tokenizer
     from llmx.quant.calibrate import Calibration
-    from llmx.quant.recipe import Recipe
+    from llmx.quant.recipe import Recipe, Transform
 
 SUFFIX = ".gguf"
 
@@ -75,6 +75,10 @@ class GgufDraft:
     @property
     def measures_inputs(self) -> bool:
         return False
+
+    @property
+    def transform(self) -> Transform | None:
+        return None
 
     def planned(self, model: Model, decided: quantization.Quantization, threads: int) -> GgufTarget:
         types = {name: got.type.upper() for name, got in decided.resolved.items() if got.type is not None}

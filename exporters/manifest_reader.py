@@ -160,6 +160,15 @@ _KEYS: dict[str, tuple[Callable[[object], bool], str]] = {
     "options.split_max_bytes": (lambda value: value is None or _count(value), "bytes, or null"),
     "options.budget": (_budget, "null, or bytes or bits_per_weight"),
     "options.dialect": (lambda value: value is _ABSENT or isinstance(value, str), "the name of a dialect"),
+    "options.layout": (lambda value: value is _ABSENT or isinstance(value, str), "the name of a layout"),
+    **dict.fromkeys(
+        ("options.tp", "options.pp"),
+        (lambda value: value is _ABSENT or value is None or _count(value), "a whole number, or null"),
+    ),
+    "options.kv_cache": (
+        lambda value: value is _ABSENT or value is None or isinstance(value, str),
+        "the name of a type, or null",
+    ),
 }
 """Key, with a dot between an object and its key -> (whether a value is good, what is expected)."""
 

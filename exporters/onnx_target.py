@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from llmx.models.model import Model
     from llmx.models.tokenizer import Tokenizer
     from llmx.quant.calibrate import Calibration
-    from llmx.quant.recipe import Recipe
+    from llmx.quant.recipe import Recipe, Transform
 
 SUFFIX = ".onnx"
 FOLDER_SUFFIX = "-onnx"
@@ -105,6 +105,10 @@ class OnnxDraft:
     @property
     def measures_inputs(self) -> bool:
         return self.mix.static
+
+    @property
+    def transform(self) -> Transform | None:
+        return None
 
     def planned(self, model: Model, decided: Quantization, threads: int) -> OnnxTarget:
         from llmx.exporters.onnx import OnnxOptions, prepare

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llmx.models.calibration_text import CalibrationText
     from llmx.models.model import Model
     from llmx.quant.calibrate import Calibration
-    from llmx.quant.recipe import Recipe
+    from llmx.quant.recipe import Recipe, Transform
 
 ENTRY_POINTS = "llmx.exporters"
 
@@ -31,6 +31,7 @@ ENTRY_POINTS = "llmx.exporters"
 EXPORTERS: dict[str, str] = {
     "gguf": "llmx.exporters.gguf_target:GgufFormat",
     "onnx": "llmx.exporters.onnx_target:OnnxFormat",
+    "trtllm": "llmx.exporters.trtllm_target:TrtllmFormat",
 }
 
 
@@ -42,6 +43,10 @@ class Asked:
     imatrix: Path | None = None
     split_max_size: str | None = None
     dialect: str | None = None
+    layout: str | None = None
+    tp: int | None = None
+    pp: int | None = None
+    kv_cache: str | None = None
     ort: bool | None = None
     target_size: str | None = None
     target_bpw: float | None = None
@@ -117,7 +122,8 @@ class Exporter(Protocol):
 class Draft(Protocol):
     """What is made, before the model is opened. base: the type whose bits the most weights have.
 
-    measures_inputs: there is no such export without a calibration.
+    measures_inputs: there is no such export without a calibration. transform: what channels are scaled by where the
+    method is left to us and something is calibrated; None for nothing.
     """
 
     @property
@@ -128,6 +134,9 @@ class Draft(Protocol):
 
     @property
     def measures_inputs(self) -> bool: ...
+
+    @property
+    def transform(self) -> Transform | None: ...
 
     def planned(self, model: Model, decided: Quantization, threads: int) -> Exporter:
         """Plan the export of a model. Raises: UnsupportedError, IntegrityError, UsageError as the format needs."""

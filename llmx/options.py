@@ -34,6 +34,10 @@ what = several(
     click.option("--bits", type=int, help="Size class: 2, 3, 4, 5, 6, 8, 16 or 32. [default: 4]"),
     click.option("--type", "type_name", metavar="NAME", help="Exact file type, for example Q4_K_M, IQ4_XS, BF16."),
     click.option("--dialect", metavar="NAME", help="ONNX operators: ort (onnxruntime's own too) or standard."),
+    click.option("--layout", metavar="NAME", help="TensorRT-LLM: hf (Hugging Face's names) or ranks (a file a GPU)."),
+    click.option("--tp", type=int, metavar="N", help="With --layout ranks: GPUs that share every layer."),
+    click.option("--pp", type=int, metavar="N", help="With --layout ranks: stages that the layers are dealt to."),
+    click.option("--kv-cache", metavar="TYPE", help="TensorRT-LLM: cache keys and values as fp8 or int8."),
     click.option(
         "--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Type of single tensors; repeatable."
     ),

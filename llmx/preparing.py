@@ -27,6 +27,10 @@ FORMAT_OPTIONS = {
     "imatrix": "--imatrix",
     "split_max_size": "--split-max-size",
     "dialect": "--dialect",
+    "layout": "--layout",
+    "tp": "--tp",
+    "pp": "--pp",
+    "kv_cache": "--kv-cache",
     "builder": "--builder",
     "max_batch": "--max-batch",
     "max_input": "--max-input",
@@ -48,7 +52,9 @@ SPARSE_TYPE = "F16"  # of a sparse export that names none: pruning alone
 class ExportRequest:
     """Everything `llmx export` can be told. `output` is a folder, or a file for one-file formats.
 
-    method, effort: None takes the recipe's, or auto and balanced. dialect: None takes the format's own first one.
+    method, effort: None takes the recipe's, or auto and balanced. dialect, layout: None takes the format's own first one.
+    tp, pp: GPUs that share every layer, and stages, that a checkpoint is dealt to. kv_cache: what keys and values are
+    cached as, "fp8" or "int8".
     builder, timing_cache, refit, portable, optimization_level: how an engine is built, None as its builder does it.
     max_batch, max_input, max_length: sequences, new positions, and positions in all that an engine takes at most.
     ort: whether an .ort file, made of the artifact and not part of it, is written beside it.
@@ -64,6 +70,10 @@ class ExportRequest:
     bits: int | None = None
     type_name: str | None = None
     dialect: str | None = None
+    layout: str | None = None
+    tp: int | None = None
+    pp: int | None = None
+    kv_cache: str | None = None
     builder: str | None = None
     max_batch: int | None = None
     max_input: int | None = None
@@ -151,12 +161,16 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
     else:
         recipe = rebuilding.recipe_of(manifest)
     draft = target.draft(recipe, Asked(**{name: getattr(request, name) for name in FORMAT_OPTIONS}))
+    chosen = recipe.method
     if draft.measures_inputs:
-        wishes, recipe = _measuring(wishes, recipe)
+        wishes, recipe = _measuring(wishes, recipe, target.types.bits(draft.base))
     model = open_source(request.model, request.revision)
     if manifest is not None:
         rebuilding.call_it_as_before(model, manifest)
     decided = quantization.quantization(model, wishes, recipe, draft.base, threads, target.types)
+    if chosen == "auto" and decided.calibrated and recipe.transform is None and draft.transform is not None:
+        recipe = replace(recipe, transform=draft.transform)
+        decided = quantization.quantization(model, wishes, recipe, draft.base, threads, target.types)
     decided = replace(decided, inputs_only=draft.measures_inputs and decided.rounds)
     if decided.inputs_only and request.statistics is not None:
         raise UsageError(
@@ -167,7 +181,8 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
     if request.target_size is not None or request.target_bpw is not None:
         exporter = _within_budget(request, exporter, decided.text, threads)
     _check_sparse(exporter, decided, target)
-    if decided.calibrated and not quantization.assignments(decided, exporter.types_to_solve()):
+    solves = decided.calibrated and not decided.inputs_only
+    if solves and not quantization.assignments(decided, exporter.types_to_solve()):
         raise UsageError(
             f"a {draft.type_name} file holds no quantized tensor: there is nothing to calibrate",
             fix="leave out --method and --calibration, or choose a smaller type",
@@ -195,9 +210,11 @@ def _check_sparse(exporter: Exporter, decided: Quantization, target: Format) -> 
     check_sparse(decided.resolved, exporter.types_to_solve(), exporter.model)
 
 
-def _measuring(wishes: Wishes, recipe: Recipe) -> tuple[Wishes, Recipe]:
+def _measuring(wishes: Wishes, recipe: Recipe, bits: float) -> tuple[Wishes, Recipe]:
     """With a calibration in any case, which is for inputs: weights of 8 bits gain nothing from being solved."""
-    rounds = recipe.method == "auto" and recipe.sparsity is None
+    from llmx.exporters.quantization import EIGHT_BITS
+
+    rounds = recipe.method == "auto" and recipe.sparsity is None and bits >= EIGHT_BITS
     return replace(wishes, calibrate=True), replace(recipe, method="rtn") if rounds else recipe
 
 
