@@ -113,7 +113,13 @@ class Case:
     def chunk(self) -> int:
         """Tokens of a chunk: never more than the model's context, or than a short text has."""
         have = len(self.leading) + len(self.ids)
-        return min(self.settings.chunk, self.model.architecture.context_length, have)
+        return min(self.settings.chunk, self.context, have)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence that both the model and the artifact take, see `Container`."""
+        told = self.model.architecture.context_length
+        return min(told, getattr(self.file, "capacity", told))
 
     @property
     def judged(self) -> range:
@@ -133,7 +139,9 @@ class Case:
 
     def past(self, boundary: int) -> list[int] | str:
         """Returns a sequence that goes PAST positions beyond a boundary, or why there is none."""
-        length = min(boundary + PAST, self.model.architecture.context_length)
+        length = min(boundary + PAST, self.context)
+        if length <= boundary:
+            return f"it takes more than {boundary} tokens; the artifact was built for {length}"
         if length > self.longest:
             return f"it takes {length} tokens; the reference runs at most {self.longest} at once"
         sequence = next(chunks(self.ids, self.leading, length, 1), None)
@@ -156,7 +164,7 @@ class Case:
 
     @property
     def too_short(self) -> str:
-        told = f"the text has {len(self.ids)} tokens and the context {self.model.architecture.context_length}"
+        told = f"the text has {len(self.ids)} tokens and the context {self.context}"
         return f"{told}; a chunk of {self.chunk} is too short, it has at least {SHORTEST_CHUNK}"
 
     def no_memory_for(self, weight_bytes: int) -> str | None:

@@ -17,7 +17,7 @@ from llmx.errors import CheckFailed, UsageError
 from llmx.validate.case import Case, Subject
 from llmx.validate.gate import ASKED, KL_CHECKS, Limit
 from llmx.validate.metrics import Comparison
-from llmx.validate.report import Check, not_run, reported
+from llmx.validate.report import Check, not_applicable, not_run, reported
 
 ODD_BATCH = 31  # no multiple of what any kernel takes at once, so that the remainders of kernels are run, too
 POSITIONS, DECODED = 128, 32  # of one sequence, and the last of it that are fed one at a time
@@ -56,6 +56,9 @@ def check_floor(case: Case) -> Iterator[Check]:
 def floor_of(subject: Subject, tokens: list[int], limits: Sequence[Limit]) -> Iterator[Check]:
     """Yields what check_floor does, on the first of these tokens. limits: those on a KL that must lie above."""
     found: dict[str, float] = {}
+    for way in ways(subject.threads):
+        if not _varies(subject, way):
+            yield not_applicable(way.name, f"{subject.runtime.name} computes the same whatever {_named(way)} is")
     for name, comparison, what in _runs(subject, tokens[:POSITIONS]):
         found[name] = comparison.summary().kl_mean
         detail = f"mean KL(runtime ‖ runtime), {comparison.positions} positions, {what}"
@@ -73,12 +76,21 @@ def _runs(case: Subject, tokens: list[int]) -> Iterator[tuple[str, Comparison, s
         first = Recorded(case.scratch / "floor.f32", session.logits(tokens))
         try:
             decoded = compared(tokens, first, session.logits(tokens, last.start), last)
-            for way in ways(case.threads):
+            for way in (way for way in ways(case.threads) if _varies(case, way)):
                 with case.runtime.open(case.artifact, **{**usual, **way.options}) as other:
                     yield way.name, compared(tokens, first, other.logits(tokens), every), way.what
             yield "floor.decode", decoded, "a whole prompt against one position at a time"
         finally:
             first.remove()
+
+
+def _varies(case: Subject, way: Way) -> bool:
+    """Whether the runtime runs otherwise so; see `Runtime`."""
+    return not way.options.keys() <= getattr(case.runtime, "fixed", frozenset())
+
+
+def _named(way: Way) -> str:
+    return " and ".join(way.options)
 
 
 def compared(tokens: list[int], first: Recorded, second: Iterator[np.ndarray], judged: range) -> Comparison:

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from math import prod
 
-from llmx.errors import ResourceError
+from llmx.errors import ResourceError, UnsupportedError
 from llmx.validate.case import Case, Limits, Settings, Subject, boundaries
 from llmx.validate.checks_floor import resolvable
 from llmx.validate.gate import JUDGED_POSITIONS, KL_CHECKS, ORIGIN, Bound, Limit, bound_of
@@ -137,7 +137,7 @@ def _past(case: Case, reference: Reference, name: str, boundary: int) -> Check:
 
 def check_speed(case: Case) -> Iterator[Check]:
     """Yields tokens a second, time to first token, load time and peak memory of the runtime's process, of one run."""
-    yield from speed_of(case, case.model.architecture.context_length)
+    yield from speed_of(case, case.context)
 
 
 def speed_of(subject: Subject, longest: int) -> Iterator[Check]:
@@ -149,10 +149,15 @@ def speed_of(subject: Subject, longest: int) -> Iterator[Check]:
         yield not_run("speed.decode", f"a context of {context} has no room for a prompt and an answer")
         return
     with subject.runtime.open(subject.artifact, threads=threads, context=context) as session:
-        speed = session.speed(prefill, decode)
-    told = {**asdict(speed), "threads": threads, "prefill_tokens": prefill, "decode_tokens": decode}
+        try:
+            speed = session.speed(prefill, decode)
+        except UnsupportedError as error:  # an emulation has none; whoever limits the speed needs another runtime
+            yield subject.limits.judged(not_run("speed.decode", error.what, required=False))
+            return
+    measured = {key: value for key, value in asdict(speed).items() if value not in (None, "")}
+    told = {**measured, "threads": threads, "prefill_tokens": prefill, "decode_tokens": decode}
     subject.findings.note("speed", told)
-    how = f"{threads} threads, {prefill} tokens in, {decode} out"
+    how = f"{threads} threads, {prefill} tokens in, {decode} out{'; ' * bool(speed.how)}{speed.how}"
     yield from (subject.limits.judged(replace(check, detail=how)) for check in _speeds(speed))
 
 
@@ -162,3 +167,5 @@ def _speeds(speed: Speed) -> Iterator[Check]:
     yield reported("speed.first_token", speed.time_to_first_token_seconds, "s")
     yield reported("speed.load", speed.load_seconds, "s")
     yield reported("speed.peak_rss", speed.peak_rss_bytes, "bytes")
+    if speed.peak_device_bytes is not None:
+        yield reported("speed.device_memory", speed.peak_device_bytes, "bytes")

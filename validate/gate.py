@@ -76,6 +76,7 @@ LIMITED = (
     "speed.first_token",
     "speed.load",
     "speed.peak_rss",
+    "speed.device_memory",
 )
 
 
@@ -175,6 +176,14 @@ DEFAULTS: Mapping[str, Mapping[str, Bound]] = {
         "int4-g32": Bound(0.3, 0.5, 1.5),  # 4.5 to 5.1
         "int4": Bound(0.6, 0.3, 2.0),  # 4.1 to 4.6, in larger groups
         "int2": Bound(1.5, 0.15, 4.0),  # 2.1 to 4.5
+    },
+    "trtllm": {
+        "F32": Bound(1e-4, 0.98, 1.005),  # 32
+        "F16": Bound(5e-4, 0.96, 1.01),  # 16
+        "BF16": Bound(2e-3, 0.94, 1.02),  # 16
+        "int8": Bound(0.02, 0.8, 1.08),  # 8, inputs rounded to 8 bits as well
+        "fp8": Bound(0.1, 0.7, 1.2),  # 8, inputs as well
+        "int4": Bound(0.6, 0.3, 2.0),  # 4.1 to 5
     },
 }
 COARSEST = Bound(1.5, 0.15, 4.0)  # for a type that is not in the table

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KINDS: dict[str, str] = {
     "gguf": "llmx.validate.gguf_kind:KIND",
     "onnx": "llmx.validate.onnx_kind:KIND",
+    "trtllm": "llmx.validate.trtllm_kind:KIND",
 }
 
 
@@ -44,7 +45,10 @@ class Stored(Protocol):
 
 
 class Container(Protocol):
-    """An opened artifact. format: a key of KINDS. bits_per_weight: of the tensors' data; None where there are none."""
+    """An opened artifact. format: a key of KINDS. bits_per_weight: of the tensors' data; None where there are none.
+
+    One that was built for sequences of some length has it as `capacity`, in tokens.
+    """
 
     @property
     def format(self) -> str: ...
@@ -215,4 +219,4 @@ def find_kind(path: Path) -> ArtifactKind:
     for name in KINDS:
         if (kind := kind_named(name)).recognises(path):
             return kind
-    raise IntegrityError("this is no GGUF file, no ONNX graph and no folder of one", where=path)
+    raise IntegrityError("this is no GGUF file, no ONNX graph, no TensorRT-LLM checkpoint and no folder of one", where=path)

@@ -49,6 +49,7 @@ SPEED_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("time_to_first_token_seconds", "time to first token", lambda value: f"{number(value)} s"),
     ("load_seconds", "load", lambda value: f"{number(value)} s"),
     ("peak_rss_bytes", "peak memory of the runtime", size_of),
+    ("peak_device_bytes", "memory of the GPU", size_of),
     ("threads", "threads", lambda value: f"{value:.0f}"),
     ("prefill_tokens", "prompt", lambda value: f"{value:,.0f} tokens"),
     ("decode_tokens", "decoded", lambda value: f"{value:,.0f} tokens"),
@@ -59,6 +60,7 @@ SPEED_OF_CHECK = {
     "speed.first_token": "time_to_first_token_seconds",
     "speed.load": "load_seconds",
     "speed.peak_rss": "peak_rss_bytes",
+    "speed.device_memory": "peak_device_bytes",
 }
 
 

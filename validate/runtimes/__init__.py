@@ -27,6 +27,8 @@ RUNTIMES: dict[str, str] = {
     "llama.cpp": "llmx.validate.runtimes.llamacpp:LlamaCpp",
     "onnxruntime": "llmx.validate.runtimes.onnxruntime:OnnxRuntime",
     "onnxruntime-genai": "llmx.validate.runtimes.genai:Genai",
+    "tensorrt": "llmx.validate.runtimes.tensorrt:TensorRt",
+    "transformers": "llmx.validate.runtimes.transformers_cpu:TransformersCpu",
 }
 
 
@@ -38,6 +40,8 @@ class Speed:
     decode_tokens_per_second: one token at a time through the key-value cache, greedy.
     time_to_first_token_seconds: from the prompt's ids to the first new id, weights already warm.
     load_seconds: from the file name to ready to run.
+    peak_device_bytes: of a GPU's memory, what the session took; None where it runs on the processor.
+    how: how it decoded, where there is more than one way.
     """
 
     prefill_tokens_per_second: float
@@ -45,6 +49,8 @@ class Speed:
     time_to_first_token_seconds: float
     load_seconds: float
     peak_rss_bytes: int
+    peak_device_bytes: int | None = None
+    how: str = ""
 
 
 class Session(Protocol):
@@ -100,14 +106,20 @@ class Session(Protocol):
         ...
 
     def speed(self, prefill: int, decode: int) -> Speed:
-        """Return the speed of a prompt of prefill tokens and of decode more, with the runtime's usual settings."""
+        """Return the speed of a prompt of prefill tokens and of decode more, with the runtime's usual settings.
+
+        Raises: UnsupportedError where it would say nothing: of an emulation.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 class Runtime(Protocol):
-    """A program that runs artifacts."""
+    """A program that runs artifacts.
+
+    One may have `fixed`: a frozenset of the names of those options of `open` that change nothing there.
+    """
 
     name: str
 
