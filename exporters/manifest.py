@@ -2,6 +2,7 @@
 
     NAME.manifest.json beside NAME.gguf, or beside the first of NAME-00001-of-00003.gguf
     model.manifest.json in the folder of model.onnx
+    rank0.manifest.json in the folder of rank0.engine
 
 It holds no time, no path and nothing else of the machine that does not shape bytes: the same export writes the same
 manifest. schemas/manifest-1.json says what each key means.
@@ -61,10 +62,13 @@ def manifest_path(artifact: Path) -> Path:
 
 
 def file_of(artifact: Path) -> Path:
-    """The file that a runtime loads: in a folder the graph, else the path itself."""
+    """The file that a runtime loads: in a folder the graph or the engine, else the path itself."""
     from llmx.formats.onnx import MODEL_NAME
+    from llmx.formats.tensorrt import ENGINE_NAME
 
-    return artifact / MODEL_NAME if artifact.is_dir() else artifact
+    if not artifact.is_dir():
+        return artifact
+    return artifact / (ENGINE_NAME if (artifact / ENGINE_NAME).is_file() else MODEL_NAME)
 
 
 def json_schema() -> dict[str, Any]:
@@ -177,7 +181,7 @@ def _tensors(written: Sequence[WrittenTensor], names: Sequence[str]) -> list[dic
             "type": tensor.type_name,
             "bytes": tensor.nbytes,
             "sha256": tensor.sha256,
-            "file": names[tensor.file],
+            "file": None if tensor.file is None else names[tensor.file],
             "offset": tensor.offset,
         }
         for tensor in written

@@ -29,11 +29,14 @@ class HashedFile:
 
 @dataclass(frozen=True, slots=True)
 class HashedTensor:
-    """A tensor, where its bytes stand in which file, and their sha256."""
+    """A tensor, where its bytes stand in which file, and their sha256.
+
+    file, offset: None where a builder was given these bytes and the artifact does not say where it has them.
+    """
 
     name: str
-    file: str
-    offset: int
+    file: str | None
+    offset: int | None
     nbytes: int
     sha256: str
 
@@ -80,6 +83,8 @@ def _contradictions(files: tuple[HashedFile, ...], tensors: tuple[HashedTensor, 
     if len(sizes) < len(files) or len({tensor.name for tensor in tensors}) < len(tensors):
         problems.append("a name stands there twice")
     for tensor in tensors:
+        if tensor.file is None or tensor.offset is None:
+            continue
         if tensor.file not in sizes:
             problems.append(f"{tensor.name}: there is no file {tensor.file!r}")
         elif tensor.offset + tensor.nbytes > sizes[tensor.file]:
@@ -109,7 +114,12 @@ def _hashed_list(value: object) -> bool:
 
 
 def _tensor_list(value: object) -> bool:
-    return _hashed_list(value) and all(isinstance(t.get("file"), str) and _count(t.get("offset")) for t in value)  # type: ignore[union-attr]
+    return _hashed_list(value) and all(map(_placed, value))  # type: ignore[arg-type]
+
+
+def _placed(tensor: Mapping[str, object]) -> bool:
+    place = (tensor.get("file", _ABSENT), tensor.get("offset", _ABSENT))
+    return place == (None, None) or (isinstance(place[0], str) and _count(place[1]))
 
 
 def _object(value: object) -> bool:
@@ -159,6 +169,19 @@ _KEYS: dict[str, tuple[Callable[[object], bool], str]] = {
     ),
     "options.split_max_bytes": (lambda value: value is None or _count(value), "bytes, or null"),
     "options.budget": (_budget, "null, or bytes or bits_per_weight"),
+    "options.builder": (lambda value: value is _ABSENT or isinstance(value, str), "the name of a builder"),
+    **dict.fromkeys(
+        ("options.max_batch", "options.max_input", "options.max_length"),
+        (lambda value: value is _ABSENT or _count(value), "a whole number"),
+    ),
+    **dict.fromkeys(
+        ("options.refit", "options.portable"),
+        (lambda value: value is _ABSENT or isinstance(value, bool), "true or false"),
+    ),
+    "options.optimization_level": (
+        lambda value: value is _ABSENT or value is None or _count(value),
+        "a whole number, or null",
+    ),
     "options.dialect": (lambda value: value is _ABSENT or isinstance(value, str), "the name of a dialect"),
     "options.layout": (lambda value: value is _ABSENT or isinstance(value, str), "the name of a layout"),
     **dict.fromkeys(

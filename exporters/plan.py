@@ -33,10 +33,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One file of the artifact: its name in the target folder and its exact size."""
+    """One file of the artifact: its name in the target folder and its size, estimated where it is not exact."""
 
     name: str
     nbytes: int
+    exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Exact size of all files."""
+        """Size of all files."""
         return sum(file.nbytes for file in self.files)
 
     @property
@@ -69,12 +70,15 @@ class Plan:
         return tuple(step for step in self.steps if step.wanted is not None)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain data: every tensor, the exact sizes, the estimates, the fall-backs."""
+        """The plan as plain data: every tensor, the sizes, which of them are estimates, the fall-backs."""
         return {
             "format": self.format,
             "type": self.type_name,
             "bytes": self.nbytes,
-            "files": [{"name": file.name, "bytes": file.nbytes} for file in self.files],
+            "files": [
+                {"name": file.name, "bytes": file.nbytes, **({} if file.exact else {"estimated": True})}
+                for file in self.files
+            ],
             "parameters": self.parameters,
             "bits_per_weight": round(self.bits_per_weight, 4),
             "peak_memory_bytes": self.peak_memory_bytes,

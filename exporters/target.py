@@ -32,6 +32,7 @@ EXPORTERS: dict[str, str] = {
     "gguf": "llmx.exporters.gguf_target:GgufFormat",
     "onnx": "llmx.exporters.onnx_target:OnnxFormat",
     "trtllm": "llmx.exporters.trtllm_target:TrtllmFormat",
+    "tensorrt": "llmx.exporters.tensorrt_target:TensorRtFormat",
 }
 
 
@@ -50,6 +51,14 @@ class Asked:
     ort: bool | None = None
     target_size: str | None = None
     target_bpw: float | None = None
+    builder: str | None = None
+    max_batch: int | None = None
+    max_input: int | None = None
+    max_length: int | None = None
+    timing_cache: Path | None = None
+    refit: bool | None = None
+    portable: bool | None = None
+    optimization_level: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +66,15 @@ class WrittenTensor:
     """One tensor as a file of the artifact holds it; a quantized matrix may be several.
 
     shape: as numpy has it. file: its number in the plan. offset: of its first byte there. sha256: of its bytes.
+    file, offset: None where a builder was given these bytes, and the artifact does not say where it has them.
     """
 
     name: str
     shape: tuple[int, ...]
     type_name: str
     nbytes: int
-    file: int
-    offset: int
+    file: int | None
+    offset: int | None
     sha256: str
 
 

@@ -56,8 +56,9 @@ class EngineConfig:
 
     builder: the package and its version that built the engine, and the only ones that load it. compute_capability: of
     the only GPU that runs it, None where there is no such bond. floats: the type of what is not quantized, and of the
-    cache. encodings: canonical name -> encoding of every quantized matrix. sizes: in tokens; max_length is the largest
-    capacity. cache: one of CACHES. sha256: of the engine. sparsity: "2:4" or None.
+    cache. encodings: canonical name -> encoding or float type of every tensor. parameters: weights. max_batch in
+    sequences, max_input and max_length in tokens of one; max_length is the largest capacity. cache:
+    one of CACHES. sha256: of the engine. sparsity: "2:4" or None.
     """
 
     architecture: str
@@ -67,6 +68,7 @@ class EngineConfig:
     type_name: str
     floats: str
     encodings: Mapping[str, str]
+    parameters: int
     vocab_size: int
     layers: int
     kv_heads: int
@@ -279,7 +281,8 @@ def _is_text_or_none(value: object) -> bool:
 
 _BOUNDS = ("batch", "positions", "capacity")
 _SIZES = (
-    "vocab_size", "layers", "kv_heads", "head_dim", "context_length", "max_batch", "max_input", "max_length",
+    "parameters", "vocab_size", "layers", "kv_heads", "head_dim", "context_length",
+    "max_batch", "max_input", "max_length",
 )  # fmt: skip
 _KEYS = {
     "version": (_is_text, "the version of llmx that wrote it"),

@@ -30,7 +30,9 @@ def several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 what = several(
-    click.option("--format", "format_", default="gguf", show_default=True, help="Target format: gguf or onnx."),
+    click.option(
+        "--format", "format_", default="gguf", show_default=True, help="Target format: gguf, onnx or tensorrt."
+    ),
     click.option("--bits", type=int, help="Size class: 2, 3, 4, 5, 6, 8, 16 or 32. [default: 4]"),
     click.option("--type", "type_name", metavar="NAME", help="Exact file type, for example Q4_K_M, IQ4_XS, BF16."),
     click.option("--dialect", metavar="NAME", help="ONNX operators: ort (onnxruntime's own too) or standard."),
@@ -38,6 +40,16 @@ what = several(
     click.option("--tp", type=int, metavar="N", help="With --layout ranks: GPUs that share every layer."),
     click.option("--pp", type=int, metavar="N", help="With --layout ranks: stages that the layers are dealt to."),
     click.option("--kv-cache", metavar="TYPE", help="TensorRT-LLM: cache keys and values as fp8 or int8."),
+    click.option("--builder", metavar="NAME", help="TensorRT: tensorrt or tensorrt_rtx. [default: what is installed]"),
+    click.option("--max-batch", type=int, metavar="N", help="TensorRT: sequences at once. [default: 1]"),
+    click.option(
+        "--max-input", type=int, metavar="N", help="TensorRT: new tokens of a sequence. [default: up to 1024]"
+    ),
+    click.option("--max-length", type=int, metavar="N", help="TensorRT: tokens in all. [default: up to 4096]"),
+    click.option("--timing-cache", type=FILE, metavar="FILE", help="TensorRT: read and write what kernels took."),
+    click.option("--refit", is_flag=True, default=None, help="TensorRT: weights can be exchanged later."),
+    click.option("--portable", is_flag=True, default=None, help="TensorRT: for other GPUs too, from Ampere on."),
+    click.option("--optimization-level", type=int, metavar="N", help="TensorRT: 0 to 5. [default: the builder's]"),
     click.option(
         "--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Type of single tensors; repeatable."
     ),
@@ -57,6 +69,10 @@ how = several(
     click.option("--recipe", metavar="NAME|FILE", help="A recipe: q4_k_m+gptq, w4a16-awq, … or a YAML file."),
     click.option("--method", help="auto, rtn, awq or gptq. [default: auto, which calibrates where it takes minutes]"),
     click.option("--effort", help="fast, balanced or best. [default: balanced]"),
+    click.option(
+        "--sparsity", metavar="PATTERN",
+        help="Zeros in every matrix: 2:4 or 50%; --method sparsegpt, wanda or magnitude. Floats unless --type.",
+    ),
     calibration,
     click.option(
         "--statistics", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",

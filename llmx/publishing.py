@@ -22,6 +22,15 @@ def described(partial: Sequence[Path], targets: Sequence[Path]) -> tuple[dict[st
     return tuple(ArtifactFile(target, path.stat().st_size, file_sha256(path)).to_json() for path, target in pairs)
 
 
+def built(partial: Sequence[Path]) -> dict[str, Any]:
+    """{"build": what the builder of an engine told}, from the report among the files; nothing where there is none."""
+    from llmx.formats.json_text import read_object
+    from llmx.formats.tensorrt import BUILD_REPORT_NAME
+
+    told = [read_object(path) for path in partial if path.name == BUILD_REPORT_NAME]
+    return {"build": told[0]} if told else {}
+
+
 def publish(
     partial: list[Path], targets: list[Path], report: Report | None, facts: dict[str, object], *, is_folder: bool
 ) -> Path:

@@ -100,7 +100,8 @@ def verify(
         places = dict.fromkeys(places, target)
     differences = tuple(_differences(told, places))
     total = sum(file.nbytes for file in told.files)
-    return Verification(path, len(told.files), len(told.tensors), total, public_key is not None, differences)
+    placed = sum(tensor.file is not None for tensor in told.tensors)
+    return Verification(path, len(told.files), placed, total, public_key is not None, differences)
 
 
 def signature_path(manifest: Path) -> Path:
@@ -194,8 +195,8 @@ def _hashes(path: Path, tensors: Sequence[HashedTensor]) -> tuple[str, dict[str,
     """The sha256 of a file and of each tensor that lies in it whole, in one reading."""
     whole, found = hashlib.sha256(), {}
     with path.open("rb") as stream:
-        for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
-            for chunk in _chunks(stream, tensor.offset - stream.tell()):
+        for offset, tensor in sorted(((t.offset or 0, t) for t in tensors), key=lambda pair: pair[0]):
+            for chunk in _chunks(stream, offset - stream.tell()):
                 whole.update(chunk)
             own, left = hashlib.sha256(), tensor.nbytes
             for chunk in _chunks(stream, tensor.nbytes):

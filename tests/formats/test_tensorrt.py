@@ -27,6 +27,7 @@ CONFIG = EngineConfig(
     type_name="W4A16",
     floats="F16",
     encodings={"layers.0.q.weight": "int4-g128-pos-float16"},
+    parameters=20_000,
     vocab_size=96,
     layers=2,
     kv_heads=2,
