@@ -35,6 +35,7 @@ from llmx.exporters.gguf_tensors import Entry, arrange_rows, entries, passes_thr
 from llmx.exporters.gguf_types import FileType, Situation, TensorTypeOverride, tensor_type
 from llmx.exporters.gguf_vocab import limits, model_name, vocabulary, vocabulary_rows
 from llmx.exporters.plan import Plan, PlannedFile, Step
+from llmx.exporters.sparsity import SPARSITY_KEY
 from llmx.formats.ggml_blocks import row_bytes
 from llmx.formats.gguf import Layout, TensorInfo, Value, array, layout, shard_metadata, shard_name, split, text, u32
 from llmx.models.architecture import Architecture
@@ -67,6 +68,7 @@ class GgufOptions:
     types: Mapping[str, str] = field(default_factory=dict)  # canonical name -> type, of a recipe or a budget
     importance: ImportanceMatrix | None = None
     solver: str | None = None  # SOLVED or SCALED, where weights are not just rounded
+    sparsity: str | None = None  # what stands under SPARSITY_KEY
     split_max_bytes: int | None = None
     threads: int = 1
     effort: Effort = "balanced"
@@ -104,6 +106,8 @@ def prepare(model: Model, tokenizer: Tokenizer, options: GgufOptions) -> GgufExp
     metadata[WRITTEN_TYPE_KEY] = u32(options.file_type.id)
     if options.solver is not None:
         metadata[SOLVER_KEY] = text(options.solver)
+    if options.sparsity is not None:
+        metadata[SPARSITY_KEY] = text(options.sparsity)
     metadata[DIGESTS_KEY] = array("u64", [0] * len(steps))
     infos = [TensorInfo(step.name, step.type_name, step.shape) for step in steps]
     shards = [infos] if options.split_max_bytes is None else split(infos, options.split_max_bytes)

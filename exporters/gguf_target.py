@@ -82,7 +82,8 @@ class GgufDraft:
 
     def planned(self, model: Model, decided: quantization.Quantization, threads: int) -> GgufTarget:
         types = {name: got.type.upper() for name, got in decided.resolved.items() if got.type is not None}
-        options = replace(self.options, types=types, solver=decided.solver, threads=threads)
+        sparsity = None if decided.sparsity is None else decided.sparsity.to_text()
+        options = replace(self.options, types=types, solver=decided.solver, sparsity=sparsity, threads=threads)
         tokenizer = open_tokenizer(model.checkpoint.folder)
         return GgufTarget(gguf.prepare(model, tokenizer, options), tokenizer)
 

@@ -124,6 +124,7 @@ class OnnxDraft:
             effort=decided.recipe.effort,
             solver=decided.solver,
             scales=planned_scales(model.architecture, self.mix),
+            sparsity=None if decided.sparsity is None else decided.sparsity.to_text(),
         )
         keeps = self.mix.name == TAKEN
         if keeps and decided.calibrated:

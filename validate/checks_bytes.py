@@ -23,17 +23,19 @@ import numpy as np
 from llmx.errors import IntegrityError
 from llmx.exporters.gguf_metadata import SCALED, SOLVED, SOLVER_KEY
 from llmx.exporters.gguf_tensors import Entry
+from llmx.exporters.sparsity import SPARSITY_KEY, prunable
 from llmx.formats.ggml_blocks import BLOCKS
 from llmx.formats.ggml_decode import decode
 from llmx.models.model import Model
 from llmx.validate.case import Case
 from llmx.validate.checks_metadata import check_numbers
+from llmx.validate.checks_sparsity import check_sparsity
 from llmx.validate.kinds import Container, kind_of
 from llmx.validate.report import Check, at_most, named, not_applicable, not_run
 from llmx.validate.restored import restored_model
 from llmx.validate.scales import with_scales_of
 from llmx.validate.steps import decode_with_error
-from llmx.validate.type_errors import MOVED_LIMITS, MOVED_ORIGIN, RMS_LIMITS, RMS_ORIGIN, USUAL_RMS
+from llmx.validate.type_errors import MOVED_LIMITS, MOVED_ORIGIN, PRUNED_LIMIT, RMS_LIMITS, RMS_ORIGIN, USUAL_RMS
 
 NAMES = ("bytes.tensors", "bytes.finite", "bytes.steps", "bytes.gain", "bytes.error", "bytes.numbers")
 PIECE = 1 << 16  # weights compared at once: they stay in a core's cache
@@ -121,6 +123,7 @@ def check_bytes(case: Case) -> Iterator[Check]:
     for name, judged in (("bytes.steps", _steps), ("bytes.gain", _gain)):
         yield judged(errors) if solver is None else not_applicable(name, f"the file's weights were {solver}")
     yield _error(case, source, problems, solver)
+    yield from check_sparsity(case)
     yield kind.digest_check(case.file)
     yield check_numbers(case)
     yield from kind.more_checks(case)
@@ -190,6 +193,7 @@ def distances_of(case: Case) -> Iterator[Distance]:
     Raises: IntegrityError when the artifact does not hold the checkpoint's tensors.
     """
     limits = MOVED_LIMITS if case.file.metadata.get(SOLVER_KEY) == SOLVED else RMS_LIMITS
+    least = PRUNED_LIMIT if SPARSITY_KEY in case.file.metadata else 0.0
     entries = case.entries
     holders = {name: entry for entry in entries for piece in entry.pieces for name in piece.spec.source.names}
     for name, restored in kind_of(case.file).restored(case.file, case.model, entries).items():
@@ -200,7 +204,8 @@ def distances_of(case: Case) -> Iterator[Distance]:
         type_name = case.file.tensors[entry.name].type_name
         gain = any(piece.transform == "gain" for piece in entry.pieces)
         rms = _relative_rms(case, name, values, case.model.architecture.norm_offset if gain else 0.0)
-        yield Distance(name, entry.name, type_name, rms, limits[type_name])
+        limit = max(limits[type_name], least if any(prunable(piece.spec) for piece in entry.pieces) else 0.0)
+        yield Distance(name, entry.name, type_name, rms, limit)
         case.file.release(entry.name)
 
 
@@ -211,6 +216,7 @@ def scaled_distances(case: Case, source: Model) -> Iterator[Distance]:
     """
     entries = case.entries
     artifact = restored_model(case.file, case.model, entries)
+    least = PRUNED_LIMIT if SPARSITY_KEY in case.file.metadata else 0.0
     for entry in entries:
         for piece in entry.pieces:
             expected, stored = source.weight(piece.spec.name), artifact.weight(piece.spec.name)
@@ -226,7 +232,8 @@ def scaled_distances(case: Case, source: Model) -> Iterator[Distance]:
             type_name, names = case.file.tensors[entry.name].type_name, piece.spec.source.names
             name = names[0] if len(names) == 1 else piece.spec.name
             rms = float(np.sqrt(squares / total if total else squares))
-            yield Distance(name, entry.name, type_name, rms, MOVED_LIMITS[type_name])
+            limit = max(MOVED_LIMITS[type_name], least if prunable(piece.spec) else 0.0)
+            yield Distance(name, entry.name, type_name, rms, limit)
 
 
 def _relative_rms(case: Case, name: str, values: np.ndarray, offset: float) -> float:

@@ -24,10 +24,11 @@ import numpy as np
 from llmx.errors import LlmxError
 from llmx.exporters.encoding import encoding
 from llmx.exporters.gguf_tensors import Entry
+from llmx.exporters.sparsity import SPARSITY_KEY
 from llmx.models.model import Model
 from llmx.validate.kinds import Container, kind_of
 from llmx.validate.steps import block_weights, decode_with_error
-from llmx.validate.type_errors import USUAL_RMS
+from llmx.validate.type_errors import PRUNED_RMS, USUAL_RMS
 
 FLOAT_BLOCK = 32  # weights looked at together in a type that has no blocks
 SHRINKING = 0.15  # the most by which rounding makes a tensor smaller
@@ -81,8 +82,9 @@ class _Sums:
 
 def allowed(file: Container) -> float:
     """How far a solver may have moved a matrix of the file: by as much as the coarsest one loses, because it makes
-    fine matrices repair what those before them lost."""
-    return max((USUAL_RMS.get(t.type_name, 0.0) for t in file.tensors.values() if len(t.shape) > 1), default=0.0)
+    fine matrices repair what those before them lost; by as much as pruning takes where the file is sparse."""
+    pruned = PRUNED_RMS if SPARSITY_KEY in file.metadata else 0.0
+    return max([pruned, *(USUAL_RMS.get(t.type_name, 0.0) for t in file.tensors.values() if len(t.shape) > 1)])
 
 
 def gather(file: Container, model: Model, entry: Entry, moved: float = 0.0) -> Evidence:

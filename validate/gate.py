@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from llmx.exporters.sparsity import SPARSITY_KEY
 from llmx.validate.kinds import Container, Stored
 from llmx.validate.report import Check, not_applicable
 
@@ -186,7 +187,7 @@ DEFAULTS: Mapping[str, Mapping[str, Bound]] = {
         "int4": Bound(0.6, 0.3, 2.0),  # 4.1 to 5
     },
 }
-COARSEST = Bound(1.5, 0.15, 4.0)  # for a type that is not in the table
+COARSEST = Bound(1.5, 0.15, 4.0)  # for a type that is not in the table, and for half of the weights set to zero
 ORIGIN = "each type's limit, weighted by the weights in it"
 JUDGED_POSITIONS = 100  # below it, a share or a ratio says too little to be judged without being asked
 
@@ -215,7 +216,10 @@ def _row(table: Mapping[str, Bound], name: str) -> Bound:
 
 def bound_of(file: Container) -> Bound:
     """Returns the same of an opened artifact."""
-    return default_bound(file.tensors.values(), file.format)
+    bound = default_bound(file.tensors.values(), file.format)
+    if SPARSITY_KEY not in file.metadata:
+        return bound
+    return Bound(max(bound.kl, COARSEST.kl), min(bound.top1, COARSEST.top1), max(bound.ppl_ratio, COARSEST.ppl_ratio))
 
 
 def resolved(limits: Limits, checks: Iterable[Check]) -> dict[str, dict[str, object]]:
