@@ -173,14 +173,14 @@ class MatrixSolver:
         facts = self.journal.facts(_step(weight, expert))
         if facts is None:
             return None
-        rows, digest = self._rows_of(weight, expert), facts.pop("sha256")
-        if _sha256(rows) != digest:
+        rows = self._rows_of(weight, expert)
+        if _sha256(rows) != facts["sha256"]:
             raise IntegrityError(
                 "the rows kept of a solved matrix have changed",
                 where=self._path_of(weight),
                 fix="leave out --resume to start anew",
             )
-        line = Line(**facts)
+        line = Line(**{key: value for key, value in facts.items() if key != "sha256"})
         self.lines.append(line)
         self._advance(weight, line)
         return self._value(weight, rows)
