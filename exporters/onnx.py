@@ -23,13 +23,14 @@ from llmx.exporters.onnx_genai import NO_TOKENIZER, companions
 from llmx.exporters.onnx_graph import GraphRecorder, Stored, onnx_type
 from llmx.exporters.onnx_int8 import EXACT_OPTION
 from llmx.exporters.onnx_linear import look_up_columns, look_up_packed, multiply_columns, multiply_packed
+from llmx.exporters.onnx_matrices import MATRIX_ENCODINGS
 from llmx.exporters.onnx_ops import Operators, RecordingOps
 from llmx.exporters.onnx_ops import Rows as States
 from llmx.exporters.onnx_run import Run
 from llmx.exporters.onnx_write import MEMORY_PER_WEIGHT, Placed, Rows, chunk_weights, digests, write_data
 from llmx.exporters.plan import Plan, PlannedFile, Step
 from llmx.exporters.sparsity import SPARSITY_KEY
-from llmx.exporters.trt_graph import ENGINE_DIALECTS, EngineOptions, engine_notes, record_engine
+from llmx.exporters.trt_graph import ENGINE_DIALECTS, EngineOptions, check_encodings, engine_notes, record_engine
 from llmx.formats.onnx import (
     CODES,
     DATA_SUFFIX,
@@ -130,13 +131,7 @@ def prepare(model: Model, options: OnnxOptions, tokenizer: Tokenizer | None = No
     tokenizer: with it, the folder is one that onnxruntime-genai loads.
     Raises: UsageError for a dialect or a type that there is not.
     """
-    if options.dialect not in DIALECTS and options.dialect not in ENGINE_DIALECTS:
-        raise UsageError(f"there is no dialect {options.dialect!r}", fix=f"choose one of {', '.join(DIALECTS)}")
-    if options.type_name not in FLOATS:
-        raise UsageError(f"ONNX holds no weights of type {options.type_name}", fix=f"choose one of {', '.join(FLOATS)}")
-    unknown = {name for name in options.types.values() if name not in GROUP_ENCODINGS and name not in FLOATS}
-    if unknown:
-        raise UsageError(f"ONNX holds no weights of type {', '.join(sorted(unknown))}")
+    _check_options(model, options)
     recorder, graph = record(model, options)
     stored = tuple(recorder.stored.values())
     offsets, data_bytes = places(one.nbytes for one in stored)
@@ -163,6 +158,25 @@ def prepare(model: Model, options: OnnxOptions, tokenizer: Tokenizer | None = No
     return OnnxExport(plan, model, options, graph, stored, tuple(offsets), beside)
 
 
+def _check_options(model: Model, options: OnnxOptions) -> None:
+    engine = ENGINE_DIALECTS.get(options.dialect)
+    if options.dialect not in DIALECTS and engine is None:
+        raise UsageError(f"there is no dialect {options.dialect!r}", fix=f"choose one of {', '.join(DIALECTS)}")
+    floats = FLOATS if engine is not None else {name: kind for name, kind in FLOATS.items() if name != "BF16"}
+    if options.type_name not in floats:
+        raise UsageError(f"ONNX holds no weights of type {options.type_name}", fix=f"choose one of {', '.join(floats)}")
+    kinds = GROUP_ENCODINGS if engine is None else MATRIX_ENCODINGS
+    unknown = {name for name in options.types.values() if name not in kinds and name not in floats}
+    if unknown:
+        raise UsageError(f"ONNX holds no weights of type {', '.join(sorted(unknown))}")
+    if engine is not None:
+        check_encodings(engine, model, _quantized(options))
+
+
+def _quantized(options: OnnxOptions) -> dict[str, str]:
+    return {name: kind for name, kind in options.types.items() if kind in MATRIX_ENCODINGS}
+
+
 def _notes(model: Model, graph: ir.Model, options: OnnxOptions) -> tuple[str, ...]:
     return engine_notes(model) if options.dialect in ENGINE_DIALECTS else notes(model.architecture, graph)
 
@@ -179,7 +193,7 @@ def record(model: Model, options: OnnxOptions) -> tuple[GraphRecorder, ir.Model]
     """The forward pass as a graph of the dialect, its weights not yet placed; of its inputs and outputs tells
     `record_padded`, and llmx.exporters.trt_graph of those of graphs for TensorRT."""
     recorder = GraphRecorder(options.type_name)
-    quantized = {name: kind for name, kind in options.types.items() if kind in GROUP_ENCODINGS}
+    quantized = _quantized(options)
     engine = ENGINE_DIALECTS.get(options.dialect)
     if engine is not None:
         chosen = EngineOptions(options.capacity, options.wide_head)
@@ -337,9 +351,9 @@ def write(export: OnnxExport, targets: Sequence[Path], rows: Rows | None = None)
 def _check_rows(export: OnnxExport, rows: Rows) -> None:
     problems = []
     for name, got in rows.items():
-        weight, type_name = export.model.weight(name), export.options.types.get(name)
-        if type_name in GROUP_ENCODINGS:
-            wanted = (weight.rows, GROUP_ENCODINGS[type_name].row_bytes(weight.cols))
+        weight, type_name = export.model.weight(name), export.options.types.get(name, "")
+        if type_name in MATRIX_ENCODINGS:
+            wanted = (weight.rows, MATRIX_ENCODINGS[type_name].row_bytes(weight.cols))
             if got.shape != wanted:
                 problems.append(f"{name}: {list(got.shape)} bytes, {list(wanted)} of {type_name} are planned")
         else:

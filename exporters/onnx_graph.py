@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from llmx.exporters.encoding import GroupEncoding
-from llmx.formats.onnx import CODES, FLOATS, SCALES, ZERO_POINTS, integer_type, joined_name, tensor_bytes
+from llmx.exporters.encoding import Float8Encoding, GroupEncoding
+from llmx.formats.onnx import CODES, FLOAT8, FLOATS, SCALES, ZERO_POINTS, integer_type, joined_name, tensor_bytes
 from llmx.formats.onnx_groups import GroupLayout
 from llmx.models.model import Weight
 
@@ -45,7 +45,7 @@ class Quantized:
 
     name: str
     pieces: tuple[Piece, ...]
-    encoding: GroupEncoding
+    encoding: GroupEncoding | Float8Encoding
     columns: bool
 
     @property
@@ -57,21 +57,28 @@ class Quantized:
         return self.pieces[0].weight.cols
 
     @property
-    def groups(self) -> int:
-        return self.layout.groups(self.cols)
+    def layout(self) -> GroupLayout:
+        """How rows of whole numbers are kept."""
+        assert isinstance(self.encoding, GroupEncoding), "FP8 lies in no groups"
+        return self.encoding.layout
 
     @property
-    def layout(self) -> GroupLayout:
-        return self.encoding.layout
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.layout.bits if isinstance(self.encoding, GroupEncoding) else 8
 
     @property
     def group(self) -> int | None:
         """Weights that share a scale; None where those of an output do."""
-        return self.layout.group
+        return self.layout.group if isinstance(self.encoding, GroupEncoding) else None
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.group is None else self.layout.groups(self.cols)
 
     @property
     def pad(self) -> int:
-        return -self.rows % (8 // self.layout.bits) if self.columns else 0
+        return -self.rows % (8 // self.bits) if self.columns else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +119,10 @@ class Parts:
     zero_points: ir.Value | None
 
 
-def by_channel(encoding: GroupEncoding) -> bool:
-    """Whether its matrices are signed bytes with one scale an output, as products of integers take them."""
+def by_channel(encoding: GroupEncoding | Float8Encoding) -> bool:
+    """Whether its matrices are signed bytes or FP8 with one scale an output, as products of 8 bits take them."""
+    if isinstance(encoding, Float8Encoding):
+        return True
     layout = encoding.layout
     return layout.group is None and layout.bits == 8 and not layout.zero_points
 
@@ -127,6 +136,22 @@ def named(piece: Piece) -> tuple[str, int | None]:
     """The weight's name, and which expert the rows are."""
     spec = piece.weight.spec
     return spec.name, piece.start // spec.shape[-2] if len(spec.shape) == 3 else None
+
+
+def _parts_of(matrix: Quantized, scale_type: str) -> dict[str, tuple[tuple[int, ...], str] | None]:
+    """The shape and type of each part of a matrix as it is stored."""
+    encoding, rows, groups = matrix.encoding, matrix.rows + matrix.pad, matrix.groups
+    if by_channel(encoding):
+        codes = FLOAT8 if isinstance(encoding, Float8Encoding) else integer_type(8, signed=True)
+        return {CODES: ((matrix.cols, rows), codes), SCALES: ((rows,), scale_type), ZERO_POINTS: None}
+    layout, columns = matrix.layout, matrix.columns
+    kind = integer_type(layout.bits, not layout.zero_points) if columns else "UINT8"
+    zeros = (groups, rows) if columns else (rows, -(-groups * layout.bits // 8))
+    return {
+        CODES: ((matrix.cols, rows) if columns else (rows, groups, layout.group_bytes(matrix.cols)), kind),
+        SCALES: ((groups, rows) if columns else (rows, groups), scale_type),
+        ZERO_POINTS: (zeros, kind) if layout.zero_points else None,
+    }
 
 
 class GraphRecorder:
@@ -195,28 +220,19 @@ class GraphRecorder:
         return self._values[stored.name]
 
     def quantized(
-        self, pieces: Sequence[Piece], encoding: GroupEncoding, *, columns: bool, scale_type: str | None = None
+        self,
+        pieces: Sequence[Piece],
+        encoding: GroupEncoding | Float8Encoding,
+        *,
+        columns: bool,
+        scale_type: str | None = None,
     ) -> Parts:
         """The parts of a matrix of few bits, stored once however often it is used. scale_type: if not the graph's."""
-        channels = by_channel(encoding)
-        columns = columns or channels
-        matrix = Quantized(joined_name([named(piece) for piece in pieces]), tuple(pieces), encoding, columns)
-        layout, rows, groups = encoding.layout, matrix.rows + matrix.pad, matrix.groups
-        kind = integer_type(layout.bits, not layout.zero_points) if columns else "UINT8"
-        zero_bytes, scale_type = -(-groups * layout.bits // 8), scale_type or self.type_name
-        shapes: dict[str, tuple[tuple[int, ...], str]] = {
-            CODES: ((matrix.cols, rows) if columns else (rows, groups, layout.group_bytes(matrix.cols)), kind),
-            SCALES: (
-                (rows,) if channels else (groups, rows) if columns else (rows, groups),
-                scale_type or self.type_name,
-            ),
-            ZERO_POINTS: ((groups, rows) if columns else (rows, zero_bytes), kind),
-        }
+        name = joined_name([named(piece) for piece in pieces])
+        matrix = Quantized(name, tuple(pieces), encoding, columns or by_channel(encoding))
         codes, scales, zeros = (
-            self.keep(Stored(f"{matrix.name}.{part}", shape, type_name, quantized=matrix))
-            if part != ZERO_POINTS or layout.zero_points
-            else None
-            for part, (shape, type_name) in shapes.items()
+            self.keep(Stored(f"{name}.{part}", *shape_and_type, quantized=matrix)) if shape_and_type else None
+            for part, shape_and_type in _parts_of(matrix, scale_type or self.type_name).items()
         )
         assert codes is not None and scales is not None, "every layout has codes and scales"
         return Parts(matrix, codes, scales, zeros)

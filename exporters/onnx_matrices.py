@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llmx.exporters.encoding import GROUP_ENCODINGS, GroupEncoding
+from llmx.exporters.encoding import FLOAT8_ENCODINGS, GROUP_ENCODINGS, Float8Encoding, GroupEncoding
 from llmx.models.architecture import Role
 from llmx.models.model import Model, Weight
 
 # Matrices with the same inputs, in the order of their outputs: one product in the place of several.
 TOGETHER: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("gate", "up"))
+
+MATRIX_ENCODINGS: Mapping[str, GroupEncoding | Float8Encoding] = {
+    **GROUP_ENCODINGS,
+    **{name: kept for name, kept in FLOAT8_ENCODINGS.items() if not kept.shared},
+}
+"""What a quantized matrix of a graph can be, keyed by name: whatever keeps each of its rows by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +26,10 @@ class Matrices:
     model: Model
     types: Mapping[str, str]
 
-    def encoding(self, weight: Weight) -> GroupEncoding | None:
+    def encoding(self, weight: Weight) -> GroupEncoding | Float8Encoding | None:
         """How the weight is quantized; None where it is kept in floats."""
         name = self.types.get(weight.spec.name)
-        return None if name is None else GROUP_ENCODINGS[name]
+        return None if name is None else MATRIX_ENCODINGS[name]
 
     def sharing(self, weight: Weight) -> Sequence[Weight]:
         """The weights that are one product with this one: all of one encoding, all or none with a bias."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from llmx.exporters.encoding import GroupEncoding
+from llmx.exporters.encoding import Float8Encoding, GroupEncoding
 from llmx.exporters.onnx_attention import Attend, Heads
 from llmx.exporters.onnx_experts import Activate, Experts, Mix, mix_sorted
 from llmx.exporters.onnx_graph import GraphRecorder, Parts, Piece, Stored, by_channel, whole
@@ -125,7 +125,9 @@ class RecordingOps:
         assert inputs is x.value, "what is one product has the same inputs"
         return Rows(output)
 
-    def _multiply_together(self, x: ir.Value, weights: Sequence[Weight], encoding: GroupEncoding) -> None:
+    def _multiply_together(
+        self, x: ir.Value, weights: Sequence[Weight], encoding: GroupEncoding | Float8Encoding
+    ) -> None:
         graph, biases = self._graph, [bias for weight in weights if (bias := self._matrices.bias(weight)) is not None]
         shift = None
         if biases:
@@ -137,7 +139,7 @@ class RecordingOps:
         for weight, output in zip(weights, graph.outputs(len(weights), "Split", product, sizes, axis=-1), strict=True):
             self._together[weight.spec.name] = x, output
 
-    def _parts(self, pieces: Sequence[Piece], encoding: GroupEncoding) -> Parts:
+    def _parts(self, pieces: Sequence[Piece], encoding: GroupEncoding | Float8Encoding) -> Parts:
         return self._graph.quantized(pieces, encoding, columns=self._operators.columns)
 
     def _multiply(self, x: ir.Value, parts: Parts, bias: ir.Value | None) -> ir.Value:

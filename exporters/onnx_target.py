@@ -20,7 +20,7 @@ from llmx.formats.onnx import MODEL_NAME
 from llmx.models.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llmx.models.calibration_text import CalibrationText
     from llmx.models.model import Model
     from llmx.models.tokenizer import Tokenizer
+    from llmx.quant.activations import Rounding
     from llmx.quant.calibrate import Calibration
     from llmx.quant.recipe import Recipe, Transform
 
@@ -123,8 +124,8 @@ class OnnxDraft:
             threads=threads,
             effort=decided.recipe.effort,
             solver=decided.solver,
-            scales=planned_scales(model.architecture, self.mix),
             sparsity=None if decided.sparsity is None else decided.sparsity.to_text(),
+            scales=planned_scales(model.architecture, self.mix),
         )
         keeps = self.mix.name == TAKEN
         if keeps and decided.calibrated:
@@ -214,8 +215,8 @@ class OnnxTarget:
         said = [note for note in self.plan.notes if note not in planned.plan.notes]
         return replace(self, export=replace(planned, plan=replace(planned.plan, notes=(*planned.plan.notes, *said))))
 
-    def static_inputs(self) -> Collection[str]:
-        return self.export.options.scales.keys()
+    def static_inputs(self) -> Mapping[str, Rounding]:
+        return {name: scale.kind for name, scale in self.export.options.scales.items()}
 
     def calibrated(self, model: Model, calibration: Calibration, threads: int) -> OnnxTarget:
         """Recorded anew: the graph's weights are thunks of the model, and it holds the measured scales."""

@@ -17,7 +17,9 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llmx.exporters.encoding import Float8Encoding
 from llmx.exporters.onnx_graph import Piece, Quantized, Stored
+from llmx.formats import float8_rows
 from llmx.formats.onnx import CODES, FLOATS, SCALES, ZERO_POINTS
 from llmx.formats.onnx_groups import pack_bits, parts, unpack
 from llmx.progress import Progress
@@ -189,8 +191,8 @@ def _read(piece: Piece, start: int, stop: int) -> npt.NDArray[np.float32]:
 def _quantized_tasks(matrix: Quantized, found: Mapping[str, Placed], rows: Rows, effort: Effort) -> Iterator[Task]:
     step = _chunk_rows(matrix.cols, COLUMNS_CHUNK_WEIGHTS if matrix.columns else CHUNK_WEIGHTS)
     # Columns are cut where a byte begins, whichever weights the rows are of.
-    step += -step % (8 // matrix.layout.bits)
-    lay_out = _columns if matrix.columns else _rows
+    step += -step % (8 // matrix.bits)
+    lay_out = _float8_columns if isinstance(matrix.encoding, Float8Encoding) else _columns if matrix.columns else _rows
     for start, stop in _spans(matrix.rows, step):
         yield partial(_laid_out, lay_out, matrix, found, rows, effort, start, stop)
 
@@ -248,6 +250,16 @@ def _columns(matrix: Quantized, found: Mapping[str, Placed], kept: Bytes, start:
         before = start * (FLOATS[one.stored.type_name].nbytes if part == SCALES else bits / 8)
         blocks.append(Block(one.offset + int(before), width, data))
     return blocks
+
+
+def _float8_columns(matrix: Quantized, found: Mapping[str, Placed], kept: Bytes, start: int) -> list[Block]:
+    """Outputs side by side, as they are kept: FP8 has no sign to turn and fills its bytes."""
+    got = float8_rows.parts(kept, matrix.cols)
+    scales = np.ascontiguousarray(got.scales[None], "<f4").view(np.uint8)
+    return [
+        Block(found[CODES].offset + start, matrix.rows, np.ascontiguousarray(got.bits.T)),
+        Block(found[SCALES].offset + start * float8_rows.SCALE_BYTES, scales.shape[1], scales),
+    ]
 
 
 def _scale_type(found: Mapping[str, Placed]) -> str:

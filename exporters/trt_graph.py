@@ -16,8 +16,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from llmx.exporters.onnx_graph import GraphRecorder
-from llmx.exporters.onnx_matrices import Matrices
+from llmx.errors import UnsupportedError
+from llmx.exporters.encoding import Float8Encoding
+from llmx.exporters.onnx_graph import GraphRecorder, by_channel
+from llmx.exporters.onnx_matrices import MATRIX_ENCODINGS, Matrices
 from llmx.exporters.trt_attention import attend, attend_plainly, turn, turn_plainly
 from llmx.exporters.trt_ops import EngineOperators, EngineOps, States
 from llmx.exporters.trt_products import Products
@@ -26,6 +28,8 @@ from llmx.formats.onnx import LOGITS, OPSET, OPSET_PLAIN
 from llmx.models.decoder import forward
 from llmx.models.model import Model
 from llmx.quant.activations import InputScale
+
+GROUPS = (32, 64, 128)  # weights of a group of 4 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,29 @@ class EngineOptions:
 
     capacity: int | None = None
     wide_head: bool | None = None
+
+
+def check_encodings(dialect: EngineDialect, model: Model, types: Mapping[str, str]) -> None:
+    """Raise UnsupportedError naming the matrices (canonical name -> encoding) that the dialect has no operators for."""
+    problems = [f"{name}: {kind}" for name, kind in types.items() if not _holds(dialect, kind, model.weight(name).cols)]
+    if problems:
+        groups = f"4 bits in groups of {', '.join(map(str, GROUPS))} without zero points, FP8 by channel, or "
+        raise UnsupportedError(
+            f"graphs for TensorRT in the dialect {dialect.name} cannot hold these matrices",
+            problems=problems,
+            fix=f"{groups if dialect.fixed_types else ''}8 bits by channel (int8-channel-pos-float32)",
+        )
+
+
+def _holds(dialect: EngineDialect, kind: str, cols: int) -> bool:
+    encoding = MATRIX_ENCODINGS[kind]
+    if isinstance(encoding, Float8Encoding):
+        return dialect.fixed_types
+    layout = encoding.layout
+    if by_channel(encoding):
+        return True
+    whole_groups = layout.group in GROUPS and cols % layout.group == 0
+    return dialect.fixed_types and layout.bits == 4 and not layout.zero_points and whole_groups
 
 
 def record_engine(

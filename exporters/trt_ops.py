@@ -14,7 +14,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from llmx.errors import UnsupportedError
-from llmx.exporters.encoding import GroupEncoding
+from llmx.exporters.encoding import Float8Encoding, GroupEncoding
 from llmx.exporters.onnx_experts import Activate
 from llmx.exporters.onnx_graph import GraphRecorder, Parts, Piece, Stored, by_channel, named, whole
 from llmx.exporters.onnx_matrices import Matrices
@@ -130,11 +130,14 @@ class EngineOps:
         matrix = self._graph.keep(Stored(name, shape, self._graph.type_name, tuple(pieces)))
         return self._products.floats(x, matrix, wide=wide)
 
-    def _parts(self, pieces: Sequence[Piece], encoding: GroupEncoding) -> Parts:
-        # By channel scales are float32, as they are kept; in groups of the kept type, unless all the graph is float32.
-        exact = by_channel(encoding) or self._graph.type_name == "F32"
-        scale_type = "F32" if exact else SCALE_TYPES[encoding.layout.store]
-        return self._graph.quantized(pieces, encoding, columns=True, scale_type=scale_type)
+    def _parts(self, pieces: Sequence[Piece], encoding: GroupEncoding | Float8Encoding) -> Parts:
+        return self._graph.quantized(pieces, encoding, columns=True, scale_type=self._scale_type(encoding))
+
+    def _scale_type(self, encoding: GroupEncoding | Float8Encoding) -> str:
+        """By channel scales are float32, as they are kept; in groups of the kept type, unless all is float32."""
+        if isinstance(encoding, Float8Encoding) or by_channel(encoding) or self._graph.type_name == "F32":
+            return "F32"
+        return SCALE_TYPES[encoding.layout.store]
 
     def add(self, a: States, b: States) -> States:
         return States(self._graph.node("Add", a.value, b.value))

@@ -18,9 +18,10 @@ import onnx_ir as ir
 
 from llmx.exporters.onnx_graph import GraphRecorder, Parts, onnx_type
 from llmx.formats.onnx import INPUT_SCALE
-from llmx.quant.activations import InputScale
+from llmx.quant.activations import InputScale, Kind
 
 F32 = ir.DataType.FLOAT
+ZERO_TYPES: Mapping[Kind, str] = {"int8": "int8", "fp8": "float8_e4m3fn"}  # as numpy calls them
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class Products:
     scales: Mapping[str, InputScale]
     attributes: bool
     _narrow: dict[ir.Value, ir.Value] = field(default_factory=dict)
-    _rounded: dict[tuple[ir.Value, float, str], ir.Value] = field(default_factory=dict)
+    _rounded: dict[tuple[ir.Value, InputScale, str], ir.Value] = field(default_factory=dict)
 
     def narrow(self, x: ir.Value) -> ir.Value:
         """A float32 value in the graph's type, cast once for all who multiply it."""
@@ -56,42 +57,37 @@ class Products:
 
     def quantized(self, x: ir.Value, parts: Parts, *, wide: bool) -> ir.Value:
         """f32[R, out] of f32[R, in] and a matrix of few bits."""
-        graph, scale = self.graph, self.scales.get(parts.matrix.pieces[0].weight.spec.name)
+        graph, name = self.graph, parts.matrix.pieces[0].weight.spec.name
+        scale = self.scales.get(name)
         type_name = "F32" if wide else graph.type_name
         if scale is None:
             inputs = x if wide else self.narrow(x)
         else:  # before opset 19 what is dequantized is float32: the builder picks the type of such a product
             type_name = type_name if self.attributes else "F32"
-            inputs = self._rounded_to_8_bits(x, scale, parts, type_name)
-        product = graph.node("MatMul", inputs, self._dequantized(parts, type_name))
+            inputs = self._rounded_to_8_bits(x, scale, name, type_name)
+        product = graph.node("MatMul", inputs, self._dequantized(parts, type_name, rounded=scale is not None))
         if parts.matrix.pad:
             product = graph.node("Slice", product, *(graph.constant([n]) for n in (0, parts.matrix.rows, -1)))
         return product if type_name == "F32" else graph.cast(product, F32)
 
-    def _rounded_to_8_bits(self, x: ir.Value, scale: InputScale, parts: Parts, type_name: str) -> ir.Value:
-        graph, name = self.graph, parts.matrix.pieces[0].weight.spec.name.removesuffix(".weight")
-        key = (x, scale.scale, type_name)
+    def _rounded_to_8_bits(self, x: ir.Value, scale: InputScale, name: str, type_name: str) -> ir.Value:
+        graph, key = self.graph, (x, scale, type_name)
         if key not in self._rounded:
-            step = graph.constant(scale.scale, "float32", name + INPUT_SCALE)
-            zero = self._zero(parts)
+            step = graph.constant(scale.scale, "float32", name.removesuffix(".weight") + INPUT_SCALE)
+            # The type of zero is what says the codes' type.
+            zero = graph.constant(0, ZERO_TYPES[scale.kind], f"zero.{scale.kind}")
             codes = graph.node("QuantizeLinear", x, step, zero)
             self._rounded[key] = graph.node("DequantizeLinear", codes, step, zero, **self._given(type_name))
         return self._rounded[key]
 
-    def _zero(self, parts: Parts) -> ir.Value:
-        """A zero of the codes' type, which is what says the type."""
-        assert parts.codes.dtype is not None, "a stored tensor has a type"
-        return self.graph.constant(0, parts.codes.dtype.numpy().name, "zero")
-
     def _given(self, type_name: str) -> dict[str, Any]:
         return {"output_dtype": int(onnx_type(type_name))} if self.attributes and type_name != "F32" else {}
 
-    def _dequantized(self, parts: Parts, type_name: str) -> ir.Value:
-        """float[in, out] of that type."""
-        graph, group = self.graph, parts.matrix.group
-        if group is None:
-            matrix = graph.node("DequantizeLinear", parts.codes, parts.scales, axis=1, **self._given(type_name))
-            return matrix if self.attributes or type_name == "F32" else graph.cast(matrix, onnx_type(type_name))
-        # In groups TensorRT gives the scales' type and no other.
-        matrix = graph.node("DequantizeLinear", parts.codes, parts.scales, axis=0, block_size=group)
-        return matrix if parts.scales.dtype == onnx_type(type_name) else graph.cast(matrix, onnx_type(type_name))
+    def _dequantized(self, parts: Parts, type_name: str, *, rounded: bool) -> ir.Value:
+        """float[in, out] of that type. rounded: whether the inputs are of 8 bits, too, so that nothing may stand
+        between; otherwise the type is converted afterwards, as all runtimes take it."""
+        graph, group, kind = self.graph, parts.matrix.group, onnx_type(type_name)
+        groups = {"axis": 1} if group is None else {"axis": 0, "block_size": group}
+        given = self._given(type_name) if rounded else {}
+        matrix = graph.node("DequantizeLinear", parts.codes, parts.scales, **groups, **given)
+        return matrix if given or parts.scales.dtype == kind else graph.cast(matrix, kind)

@@ -13,7 +13,7 @@ NAME.zero_points, laid out for the operator that reads them:
 
     rows       MatMulNBits         codes u8[N, groups, bytes]    scales float[N, groups]    zero points u8[N, bytes]
     columns    DequantizeLinear    codes intb[K, N]              scales float[groups, N]    zero points intb[groups, N]
-    channels   DequantizeLinear    codes int8[K, N]              scales float[N]
+    channels   DequantizeLinear    codes int8 or FP8 [K, N]      scales float[N]
 
 N outputs, K inputs; intb is uintb with zero points and signed without. Columns of less than 8 bits are filled up with
 zeros to whole bytes. Matrices with the same inputs may be one, their outputs under each other: layers.0.q+k+v.weight;
@@ -72,13 +72,18 @@ FLOATS: dict[str, FloatType] = {
 }
 
 
+FLOAT8 = "FLOAT8E4M3FN"  # of codes, in graphs for TensorRT only
+
+
 def integer_type(bits: int, signed: bool) -> str:
     """The name in onnx.TensorProto.DataType of whole numbers of so many bits."""
     return f"{'INT' if signed else 'UINT'}{bits}"
 
 
 def tensor_bytes(type_name: str, count: int) -> int:
-    """Bytes of so many elements. type_name: of FLOATS, or of integer_type, which fill their bytes."""
+    """Bytes of so many elements. type_name: of FLOATS, FLOAT8, or of integer_type, which fill their bytes."""
+    if type_name == FLOAT8:
+        return count
     if type_name in FLOATS:
         return count * FLOATS[type_name].nbytes
     return -(-count * int(type_name.lstrip("UINT")) // 8)
