@@ -16,12 +16,13 @@ from llmx.formats.imatrix import read_imatrix
 from llmx.models.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from llmx.exporters.plan import Plan
     from llmx.models.calibration_text import CalibrationText
     from llmx.models.model import Model
     from llmx.models.tokenizer import Tokenizer
+    from llmx.quant.activations import Rounding
     from llmx.quant.calibrate import Calibration
     from llmx.quant.recipe import Recipe, Transform
 
@@ -125,8 +126,8 @@ class GgufTarget:
         planned = within_budget(self.export, self.tokenizer, Budget(nbytes, bits), text, threads)
         return replace(self, export=planned)
 
-    def static_inputs(self) -> Collection[str]:
-        return ()
+    def static_inputs(self) -> Mapping[str, Rounding]:
+        return {}
 
     def calibrated(self, model: Model, calibration: Calibration, threads: int) -> GgufTarget:
         return replace(self, export=replace(self.export, model=model))

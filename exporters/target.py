@@ -5,7 +5,7 @@ Format ── a recipe and options ── Draft ── a model ── Exporter �
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmx.exporters.quantization import Quantization
     from llmx.models.calibration_text import CalibrationText
     from llmx.models.model import Model
+    from llmx.quant.activations import Rounding
     from llmx.quant.calibrate import Calibration
     from llmx.quant.recipe import Recipe, Transform
 
@@ -109,8 +110,8 @@ class Exporter(Protocol):
         """
         ...
 
-    def static_inputs(self) -> Collection[str]:
-        """Canonical names of the matrices whose inputs are rounded on scales that a calibration measures."""
+    def static_inputs(self) -> Mapping[str, Rounding]:
+        """Canonical name -> how that matrix's inputs are rounded; what is missing there is not rounded, or by row."""
         ...
 
     def calibrated(self, model: Model, calibration: Calibration, threads: int) -> Exporter:

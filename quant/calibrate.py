@@ -42,6 +42,10 @@ class Solver(Protocol):
         ...
 
 
+Watch = Callable[[int, Sequence[Inputs], Sequence[Inputs]], None]
+"""Sees what attention caches: the layer, its keys (after rope) and its values, f32[tokens, kv heads · D] a batch."""
+
+
 def both(pair: Pair, work: Callable[[Tensor], Tensor]) -> Pair:
     """work on both, once where they are the same."""
     first = work(pair[0])
@@ -79,7 +83,9 @@ class PairedOps:
         *,
         device: str,
         store: StatisticsStore | None,
+        watch: Watch | None = None,
     ) -> None:
+        self._watch = watch
         self._architecture: Architecture = model.architecture
         self._batches, self._solver, self._store = batches, solver, store
         self._readers, self._workers = workers, workers.on(device)
@@ -159,7 +165,18 @@ class PairedOps:
 
             return each((q.at(batch), k.at(batch), v.at(batch)), attend)
 
+        if self._watch is not None:
+            self._watch(layer, self._states(k), self._states(v))
         return Value(attended)
+
+    def _states(self, x: Value) -> list[Inputs]:
+        """What is cached of each batch."""
+
+        def states(number: int) -> Inputs:
+            a, b = (flat(self._torch.merge_heads(part)) for part in x.at(number))
+            return Inputs(a, b, held_out=self._batches[number].held_out)
+
+        return self._workers.map(states, range(len(self._batches)))
 
     def experts(
         self,
@@ -245,10 +262,13 @@ class Calibration:
     store: StatisticsStore | None = None
 
 
-def walk(model: Model, calibration: Calibration, solver: Solver, workers: Workers) -> None:
-    """Walk the whole model; every matrix goes through the solver once, in the order of the forward pass."""
+def walk(model: Model, calibration: Calibration, solver: Solver, workers: Workers, watch: Watch | None = None) -> None:
+    """Walk the whole model; every matrix goes through the solver once, in the order of the forward pass.
+
+    watch: sees what every layer caches; with it no statistics may be kept, because then nothing is computed.
+    """
     batches, device = calibration.batches, calibration.device
-    ops = PairedOps(model, batches, solver, workers, device=device, store=calibration.store)
+    ops = PairedOps(model, batches, solver, workers, device=device, store=calibration.store, watch=watch)
     tokens = Value(lambda batch: _alike(batches[batch].tokens))
     positions = Value(lambda batch: _alike(torch.arange(batches[batch].tokens.shape[1], device=device)))
     with torch.inference_mode():

@@ -4,7 +4,8 @@
 
 The loss is measured on a sample of held-out tokens, inputs and weights rounded as they will be:
 
-    Σ over tokens ‖Ŵ Q(x/s) − W x‖² / ‖W x‖²        Ŵ = Q(W diag(s));  Q(x/s) on a static scale, or on one of each row
+    Σ over tokens ‖Ŵ Q(x/s) − W x‖² / ‖W x‖²        Ŵ = Q(W diag(s));  Q(x/s) on a static scale, or on one of each row,
+                                                    or x/s as it is
 
 Each part of that was found to matter (KL of a model of 42 M with static scales of all but `down`, 0.00055 unscaled):
 noise of a step as wide as the largest input in the place of real rounding, or a range judged on the tokens that it was
@@ -16,7 +17,7 @@ Source: SmoothQuant, arXiv 2211.10438, equation 4.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 
 from llmx.models.folded import Floats
 from llmx.models.model import Model
-from llmx.quant.activations import Quantizer, Sample, Samples, by_row, static
+from llmx.quant.activations import QUANTIZERS, Rounding, Sample, Samples
 from llmx.quant.calibrate import Calibration
 from llmx.quant.inputs import MatrixInputs
 from llmx.quant.protocol import Effort, Grid
@@ -41,12 +42,12 @@ TINY = 1e-30  # the least energy of a row's outputs
 class SmoothOptions:
     """alphas: the shares of the outliers that are tried; the paper's single 0.5 comes first and wins a tie.
 
-    static: canonical names of the matrices whose inputs get a static scale; the others are rounded by row.
+    inputs: canonical name -> how that matrix's inputs are rounded; the others are rounded by row.
     """
 
     alphas: tuple[float, ...] = (0.5, *(step / 10 for step in range(11) if step != 5))
     effort: Effort = "fast"
-    static: Collection[str] = frozenset()
+    inputs: Mapping[str, Rounding] = field(default_factory=dict)
 
 
 def search_smooth(
@@ -91,9 +92,10 @@ class Smooth:
     def _inputs(self, consumer: Consumer, columns: Floats | None) -> _Met:
         key = id(consumer), id(columns)
         if key not in self._met:  # what is kept there keeps its id
-            quantizer: Quantizer = static if consumer.name in self.options.static else by_row
             inputs = _samples(consumer)
-            found = quantizer(inputs if columns is None else inputs.divided(columns))
+            found = QUANTIZERS[self.options.inputs.get(consumer.name, "by row")](
+                inputs if columns is None else inputs.divided(columns)
+            )
             found = found if columns is None else found * columns
             roots = torch.from_numpy(_shares(consumer.weight(), inputs.judged)).sqrt_()
             exact = torch.from_numpy(inputs.judged.rows) * roots
@@ -126,16 +128,19 @@ def samples(batches: Sequence[Inputs]) -> Samples:
     return Samples(fitted, sample(judged) if judged else fitted)
 
 
-def sample(batches: Sequence[Inputs]) -> Sample:
-    """Of float inputs: the rows of the largest magnitudes stand for themselves, others for their neighbours as well."""
+def sample(batches: Sequence[Inputs], others: int = OTHERS) -> Sample:
+    """Of float inputs: the rows of the largest magnitudes stand for themselves, others for their neighbours as well.
+
+    others: at most about how many of these there are.
+    """
     inputs = torch.cat([batch.float_ for batch in batches])
     order = inputs.abs().amax(1).argsort(descending=True, stable=True)
     extremes, rest = order[:EXTREMES], order[EXTREMES:].sort().values
-    others = rest[:: max(1, -(-len(rest) // OTHERS))]
-    counts = np.ones((len(extremes) + len(others), 1), np.float32)
-    counts[len(extremes) :] = len(rest) / max(1, len(others))
+    spread = rest[:: max(1, -(-len(rest) // others))]
+    counts = np.ones((len(extremes) + len(spread), 1), np.float32)
+    counts[len(extremes) :] = len(rest) / max(1, len(spread))
     return Sample(
-        inputs[torch.cat([extremes, others])].cpu().numpy(),
+        inputs[torch.cat([extremes, spread])].cpu().numpy(),
         counts,
         inputs.abs().amax(0).cpu().numpy(),
         min(float(inputs.min()), 0.0),

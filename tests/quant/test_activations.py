@@ -6,14 +6,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given as for_all
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from llmx.quant.activations import (
     LEVELS,
     MIDDLE,
+    QUANTIZERS,
     TOP,
     UNIT,
     InputScale,
+    Kind,
     Sample,
+    Samples,
     affine,
     best_scale,
     rounded,
@@ -87,3 +94,69 @@ def test_divided_columns_keep_the_ends_of_their_rows() -> None:
     half = some.divided(np.full(32, 2, np.float32))
     assert np.array_equal(half.rows, some.rows / 2) and np.array_equal(half.largest, some.largest / 2)
     assert half.low == half.rows.min() and half.high == half.rows.max()
+
+
+# ── zero in the middle ───────────────────────────────────────────────────────────────────────────────────────────────
+
+MIDDLES: tuple[Kind, ...] = ("int8", "fp8")
+
+
+def error(rows: Floats, scale: InputScale) -> float:
+    return float(np.square(rounded(rows, scale) - rows, dtype=np.float64).sum())
+
+
+@for_all(st.integers(0, 2**32 - 1), st.integers(-12, 12))
+@settings(max_examples=60, deadline=None)
+def test_fp8_is_what_torch_rounds_to(seed: int, power: int) -> None:
+    random = np.random.default_rng(seed)
+    values = (random.standard_normal(400) * np.exp(random.normal(0, 3, 400))).astype(np.float32)
+    values[:4] = 0, 1e30, -1e30, 2.0**-10
+    scale = InputScale(2.0**power, 0, "fp8")
+    theirs = (torch.from_numpy(values) / scale.scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale.scale
+    assert np.array_equal(rounded(values, scale), theirs.numpy())
+
+
+def test_int8_is_what_quantizelinear_rounds_to() -> None:
+    values = np.array([0.4, 0.6, -0.6, 126.7, 300, -300, 2.5, 3.5], np.float32)
+    assert rounded(values, InputScale(1.0, 0, "int8")).tolist() == [0, 1, -1, 127, 127, -128, 2, 4]
+
+
+@pytest.mark.parametrize("kind", MIDDLES)
+def test_zero_is_in_the_middle_and_the_farther_end_counts(kind: Kind) -> None:
+    rows = normal(256)
+    for part in (rows, -np.abs(rows), np.abs(rows)):
+        found = best_scale(given(part), kind)
+        assert found.zero_point == 0 and found.kind == kind and found.scale > 0
+        reach = found.scale * (127 if kind == "int8" else 448)
+        assert reach <= np.abs(part).max() * 1.001
+        assert not rounded(np.zeros(3, np.float32), found).any()
+    assert best_scale(given(np.zeros((4, 3), np.float32)), kind).scale == 1.0
+
+
+@pytest.mark.parametrize("kind", MIDDLES)
+def test_the_best_scale_in_the_middle_loses_no_more_than_the_whole_range(kind: Kind) -> None:
+    top = 127 if kind == "int8" else 448
+    for rows in (normal(), np.abs(normal()), normal() ** 5):
+        whole = InputScale(float(np.abs(rows).max()) / top, 0, kind)
+        assert error(rows, best_scale(given(rows), kind)) <= error(rows, whole) * (1 + 1e-5)
+
+
+def test_a_single_far_value_is_clipped_by_whole_numbers_and_kept_by_floats() -> None:
+    rows = normal(4096)
+    rows[0, 0] = 60
+    assert 127 * best_scale(given(rows), "int8").scale < 45
+    assert 448 * best_scale(given(rows), "fp8").scale > 50
+
+
+def test_codes_from_zero_use_the_range_of_one_sided_inputs_better() -> None:
+    rows = np.abs(normal(512))
+    assert error(rows, best_scale(given(rows))) < 0.3 * error(rows, best_scale(given(rows), "int8"))
+
+
+def test_every_way_of_rounding_is_chosen_on_the_fitted_rows_and_judged_on_the_others() -> None:
+    some = Samples(given(normal(256)), given(normal(64)))
+    for kind in ("uint8", "int8", "fp8"):
+        wanted = rounded(some.judged.rows, best_scale(some.fitted, kind))
+        assert np.array_equal(QUANTIZERS[kind](some), wanted)
+    assert np.array_equal(QUANTIZERS["float"](some), some.judged.rows)
+    assert np.array_equal(QUANTIZERS["by row"](some), rounded_by_row(some.judged.rows))

@@ -36,7 +36,7 @@ PAIR = ScalePair("layers.0.ffn_norm", ("layers.0.gate", "layers.0.up"), (COLS,))
 INT4 = grid("int4-g128-zp", COLS)
 INT8 = grid("int8-channel-sym", COLS)
 OUTLIERS = [3, 77, 200]
-STATIC = SmoothOptions(static=frozenset({"layers.0.up.weight"}))
+STATIC = SmoothOptions(inputs={"layers.0.up.weight": "uint8"})
 
 
 @pytest.fixture
