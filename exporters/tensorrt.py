@@ -19,10 +19,10 @@ from llmx.errors import UsageError
 from llmx.exporters import artifact, onnx
 from llmx.exporters.onnx import OnnxExport, OnnxOptions
 from llmx.exporters.onnx_write import Rows
-from llmx.exporters.plan import Plan, PlannedFile
+from llmx.exporters.plan import Plan, PlannedFile, Step
 from llmx.exporters.tensorrt_build import Builder, Installed, Request, build
 from llmx.exporters.tensorrt_types import TensorRtMix
-from llmx.formats.onnx import FLOATS
+from llmx.formats.onnx import FLOATS, split_name
 from llmx.formats.tensorrt import (
     BUILD_REPORT_NAME,
     CONFIG_NAME,
@@ -51,8 +51,8 @@ TOKENIZER_FILES = (
 )
 CACHE_OF_DIALECT = {"trt": IN_PLACE, "plain": TWO_BUFFERS}
 MAX_BATCH, MAX_INPUT, MAX_LENGTH = 1, 1024, 4096
-# The estimate of an engine: its weights as the graph has them, an eighth more, and what every engine has.
-ENGINE_SHARE, ENGINE_BASE = 1.125, 1 << 20
+# The estimate of an engine: its weights as the graph has them, a little more, and every layer's and expert's kernels.
+ENGINE_SHARE, ENGINE_PER_LAYER, ENGINE_PER_EXPERT = 1.03, 1 << 20, 3 << 18
 CONFIG_BYTES, REPORT_BYTES = 4096, 4096
 GRAPH_FOLDER = ".graph"
 MEMORY_PER_ENGINE_BYTE, BUILDER_MEMORY = 4, 1 << 30
@@ -66,8 +66,8 @@ class EngineLimits:
     input: int
     length: int
 
-    def profiles(self, *, fixed: bool) -> tuple[Profile, ...]:
-        """One for prompts and one for single tokens: kernels are chosen for the best sizes of either.
+    def profiles(self, *, fixed: bool, one: bool) -> tuple[Profile, ...]:
+        """One for prompts and one for single tokens: kernels are chosen for the best sizes of either. one: for both.
 
         fixed: the cache has this one capacity, as it has where it is written in place.
         """
@@ -76,10 +76,10 @@ class EngineLimits:
         batch = (1, 1, self.batch)
         # A profile's best sizes must fit each other, too: a cache holds what is written into it.
         best = min(-(-self.input // 2), capacity[1])
-        return (
-            Profile("prefill", batch, (1, best, self.input), capacity),
-            Profile("decode", batch, (1, 1, 1), capacity),
-        )
+        prefill, decode = ((1, best, self.input), (1, 1, 1))
+        if one:
+            return (Profile("all", batch, prefill, capacity),)
+        return (Profile("prefill", batch, prefill, capacity), Profile("decode", batch, decode, capacity))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class TensorRtExport:
     @property
     def profiles(self) -> tuple[Profile, ...]:
         """Of the engine."""
-        return self.options.limits.profiles(fixed=self.cache == IN_PLACE)
+        return self.options.limits.profiles(fixed=self.cache == IN_PLACE, one=self.builder.compiles_late)
 
 
 def limits(architecture: Architecture, batch: int | None, input_: int | None, length: int | None) -> EngineLimits:
@@ -153,7 +153,7 @@ def prepare(
         for name in TOKENIZER_FILES
         if (model.checkpoint.folder / name).is_file()
     }
-    estimated = int(graph.plan.files[1].nbytes * ENGINE_SHARE) + ENGINE_BASE
+    estimated = _engine_bytes(model.architecture, graph.plan.files[1].nbytes)
     context = model.architecture.context_length
     notes = [
         f"built by {found.package} {found.version}"
@@ -166,7 +166,7 @@ def prepare(
     plan = Plan(
         format="tensorrt",
         type_name=mix.name,
-        steps=graph.plan.steps,
+        steps=tuple(_told(step, options.wanted) for step in graph.plan.steps),
         files=(
             PlannedFile(ENGINE_NAME, estimated, exact=False),
             PlannedFile(CONFIG_NAME, CONFIG_BYTES, exact=False),
@@ -177,6 +177,20 @@ def prepare(
         peak_memory_bytes=max(graph.plan.peak_memory_bytes, BUILDER_MEMORY + MEMORY_PER_ENGINE_BYTE * estimated),
     )
     return TensorRtExport(plan, graph, mix, builder, found, chosen, cache, beside)
+
+
+def _told(step: Step, wanted: Mapping[str, str]) -> Step:
+    """With the encoding that a matrix would have had, where it stays in floats because no group divides its rows."""
+    if step.type_name not in FLOATS:
+        return step
+    had = wanted.get(split_name(step.name)[0][0], step.type_name) if "." in step.name else step.type_name
+    return step if had == step.type_name else replace(step, wanted=had)
+
+
+def _engine_bytes(architecture: Architecture, weights: int) -> int:
+    experts = architecture.experts * sum(architecture.sparse_layers)
+    kernels = ENGINE_PER_LAYER * (1 + architecture.layers) + ENGINE_PER_EXPERT * experts
+    return int(weights * ENGINE_SHARE) + kernels
 
 
 def write(export: TensorRtExport, targets: Sequence[Path], rows: Rows | None = None) -> tuple[str, ...]:

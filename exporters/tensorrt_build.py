@@ -42,9 +42,10 @@ class Builder:
     """What the versions from `since` and before `before` can do.
 
     dialect: of the graphs that its parser takes. types: the mixes. strong: the graph's types are kept to; else builder
-    flags admit types and layers are held to float32. needs_gpu: nothing is built without one. refit: what it needs to
-    build refittable engines; None where nothing more. compatibility: the hardware level of --portable; None where
-    there is none. caches_timings: whether a timing cache is of use.
+    flags admit types and layers are held to float32. needs_gpu: nothing is built without one. compatibility: the
+    hardware level of --portable; None where there is none. caches_timings: whether a timing cache is of use.
+    compiles_late: its kernels are compiled where they run, for the sizes that they meet, so that one profile is enough:
+    each has the source text of all its kernels.
     """
 
     package: str
@@ -56,6 +57,7 @@ class Builder:
     needs_gpu: bool = True
     compatibility: str | None = "AMPERE_PLUS"
     caches_timings: bool = True
+    compiles_late: bool = False
     network_flags: tuple[str, ...] = ("STRONGLY_TYPED",)
     tactic_sources: tuple[str, ...] | None = None
 
@@ -76,7 +78,7 @@ BUILDERS: tuple[Builder, ...] = (
     Builder("tensorrt", (10, 15), (12, 0), "trt", ALL_TYPES),
     Builder(
         "tensorrt_rtx", (1, 2), (2, 0), "trt", ALL_TYPES,
-        needs_gpu=False, compatibility=None, caches_timings=False,
+        needs_gpu=False, compatibility=None, caches_timings=False, compiles_late=True,
     ),
 )  # fmt: skip
 
