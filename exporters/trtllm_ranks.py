@@ -189,8 +189,9 @@ class _Rank:
         made = [Stored(self.file, f"{prefix}.router.weight", ROUTER_TYPE, router.pieces[0].spec.shape, router)]
         types = self.options.types
         made += self._parts(Matrix(f"{prefix}.fc", tuple(both), types.get(up.name), experts=count))
+        rows = tuple(Piece(down, expert * down.shape[1], (expert + 1) * down.shape[1]) for expert in range(count))
         columns = self._range(down.shape[-1])
-        proj = Matrix(f"{prefix}.proj", whole([down]), types.get(down.name), columns, experts=count)
+        proj = Matrix(f"{prefix}.proj", rows, types.get(down.name), columns, experts=count)
         return made + self._parts(proj)
 
     def _linear(
