@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "report.json"
 JUNIT_NAME = "junit.xml"
-RUNTIME_OF_FORMAT = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
-EXTRA_OF_FORMAT = {"gguf": "llamacpp", "onnx": "onnx"}  # what pip installs the runtime by
+RUNTIME_OF_FORMAT = {"gguf": "llama.cpp", "onnx": "onnxruntime", "tensorrt": "tensorrt"}
+EXTRA_OF_FORMAT = {"gguf": "llamacpp", "onnx": "onnx", "tensorrt": "tensorrt"}  # what pip installs the runtime by
 
 
 def available_cores() -> int:

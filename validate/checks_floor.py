@@ -58,7 +58,7 @@ def floor_of(subject: Subject, tokens: list[int], limits: Sequence[Limit]) -> It
     found: dict[str, float] = {}
     for way in ways(subject.threads):
         if not _varies(subject, way):
-            yield not_applicable(way.name, f"{subject.runtime.name} computes the same whatever {_named(way)} is")
+            yield not_applicable(way.name, f"{subject.runtime.name} has one way only as to {_named(way)}")
     for name, comparison, what in _runs(subject, tokens[:POSITIONS]):
         found[name] = comparison.summary().kl_mean
         detail = f"mean KL(runtime ‖ runtime), {comparison.positions} positions, {what}"

@@ -178,6 +178,15 @@ DEFAULTS: Mapping[str, Mapping[str, Bound]] = {
         "int4": Bound(0.6, 0.3, 2.0),  # 4.1 to 4.6, in larger groups
         "int2": Bound(1.5, 0.15, 4.0),  # 2.1 to 4.5
     },
+    "tensorrt": {
+        "F32": Bound(1e-4, 0.98, 1.005),  # products in TF32 where the builder takes them
+        "F16": Bound(2e-3, 0.94, 1.02),
+        "BF16": Bound(0.01, 0.86, 1.05),  # activations in 8 bits of mantissa
+        "int8": Bound(0.05, 0.7, 1.2),  # W8A8: inputs on one static scale, as well
+        "fp8": Bound(0.05, 0.7, 1.2),  # inputs in E4M3, as well
+        "int4-g32": Bound(0.3, 0.5, 1.5),
+        "int4": Bound(0.6, 0.3, 2.0),  # in groups of 64 and 128
+    },
     "trtllm": {
         "F32": Bound(1e-4, 0.98, 1.005),  # 32
         "F16": Bound(5e-4, 0.96, 1.01),  # 16
@@ -195,16 +204,24 @@ JUDGED_POSITIONS = 100  # below it, a share or a ratio says too little to be jud
 def default_bound(tensors: Iterable[Stored], format_: str = "gguf") -> Bound:
     """Returns the most that a sound file of these tensors may lose.
 
-    The KL of small independent errors adds up, so each type counts by its share of the matrices' weights.
+    The KL of small independent errors adds up, so each type counts by its share of the matrices' weights; where nobody
+    says how large they are, the one that may lose most counts.
     """
-    table = DEFAULTS[format_]
+    table, tensors = DEFAULTS[format_], list(tensors)
     sizes = [(prod(tensor.shape), tensor.type_name) for tensor in tensors if len(tensor.shape) > 1]
     whole = sum(size for size, _ in sizes)
+    if not whole:
+        return _coarsest_of(table, {tensor.type_name for tensor in tensors})
 
     def weighted(figure: str) -> float:
         return sum(size * getattr(_row(table, name), figure) for size, name in sizes) / whole
 
     return Bound(weighted("kl"), weighted("top1"), weighted("ppl_ratio"))
+
+
+def _coarsest_of(table: Mapping[str, Bound], types: Iterable[str]) -> Bound:
+    rows = [_row(table, name) for name in types] or [COARSEST]
+    return Bound(max(r.kl for r in rows), min(r.top1 for r in rows), max(r.ppl_ratio for r in rows))
 
 
 def _row(table: Mapping[str, Bound], name: str) -> Bound:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KINDS: dict[str, str] = {
     "gguf": "llmx.validate.gguf_kind:KIND",
     "onnx": "llmx.validate.onnx_kind:KIND",
+    "tensorrt": "llmx.validate.tensorrt_kind:KIND",
     "trtllm": "llmx.validate.trtllm_kind:KIND",
 }
 
@@ -219,4 +220,5 @@ def find_kind(path: Path) -> ArtifactKind:
     for name in KINDS:
         if (kind := kind_named(name)).recognises(path):
             return kind
-    raise IntegrityError("this is no GGUF file, no ONNX graph, no TensorRT-LLM checkpoint and no folder of one", where=path)
+    what = "this is no GGUF file, no ONNX graph, no TensorRT engine, no TensorRT-LLM checkpoint and no folder of one"
+    raise IntegrityError(what, where=path)

@@ -33,10 +33,15 @@ class Tokens:
             except (OSError, ValueError, KeyError, ImportError) as error:
                 raise UnsupportedError("transformers cannot load this tokenizer", where=folder) from error
 
-    def encode(self, text: str, add_special: bool) -> list[int]:
-        """Returns the ids of text; special tokens written in it are parsed, as transformers always does."""
+    def encode(self, text: str, add_special: bool, parse_special: bool = True) -> list[int]:
+        """Returns the ids of text; special tokens written in it are parsed, unless that is not wanted."""
         with quiet():
-            return list(self._tokenizer(text, add_special_tokens=add_special)["input_ids"])
+            made = self._tokenizer(text, add_special_tokens=add_special, split_special_tokens=not parse_special)
+            return list(made["input_ids"])
+
+    def spelling(self, token: int) -> str | None:
+        """Returns what the vocabulary calls a token, or None for none."""
+        return self._tokenizer.convert_ids_to_tokens(token) if 0 <= token < self.size else None
 
     @property
     def added(self) -> dict[int, str]:
@@ -110,11 +115,11 @@ class Reference:
         """Yields f32[t, V] blocks in order that cover every position; [T, V] never exists as a whole."""
         import torch
 
-        with quiet(), torch.inference_mode(), _torch_threads(self._threads):
+        with quiet(), torch.inference_mode(), torch_threads(self._threads):
             hidden = self._model.base_model(input_ids=torch.tensor([list(tokens)]), use_cache=False)[0][0]
         rows = max(1, HEAD_BYTES // (4 * self.vocab))
         for start in range(0, len(tokens), rows):
-            with torch.inference_mode(), _torch_threads(self._threads):
+            with torch.inference_mode(), torch_threads(self._threads):
                 block = self._head(hidden[start : start + rows]).numpy()
             yield block
 
@@ -154,7 +159,7 @@ class Reference:
         import torch
 
         tokens = [1, 2, 3]
-        with quiet(), torch.inference_mode(), _torch_threads(self._threads):
+        with quiet(), torch.inference_mode(), torch_threads(self._threads):
             whole = self._model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].numpy()
         parts = np.concatenate(list(self.logits(tokens)))
         if not np.allclose(whole, parts, rtol=1e-5, atol=1e-5, equal_nan=True):
@@ -192,7 +197,8 @@ class _Quiet(contextlib.ContextDecorator):
 
 
 @contextlib.contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Within it, torch computes on so many threads."""
     import torch
 
     before = torch.get_num_threads()

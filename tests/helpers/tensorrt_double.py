@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,7 @@ def plan(graph: Path, profiles: list[dict[str, list[int]]]) -> bytes:
 def module(device: Device, version: str = VERSION) -> types.ModuleType:
     """A module `tensorrt` whose engines run on the device."""
     made: Any = types.ModuleType("tensorrt")
+    made.__spec__ = ModuleSpec("tensorrt", None)
     made.__version__, made.TensorIOMode, made.TensorLocation = version, Mode, Location
 
     class ILogger:

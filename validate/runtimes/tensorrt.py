@@ -31,7 +31,6 @@ from llmx.validate.runtimes.worker_process import (
 WORKER = "llmx.validate.runtimes.tensorrt_worker"
 LABEL = "TensorRT"
 PROBE_SECONDS = 120.0
-EXACT_TYPE = "F32"  # an engine of it computes as exactly as any does
 NO_TEXT = f"the engine's folder has no {' and no '.join(TOKENIZERS)}, so nothing in it reads text"
 
 
@@ -55,7 +54,7 @@ class TensorRt:
     ) -> TensorRtSession:
         """Load the engine of a folder and return the session. artifact: the folder, or its engine.
 
-        exact: only an F32 engine has such a run. batch: positions run at once at most; None takes as many as the
+        exact: an engine has no such run. batch: positions run at once at most; None takes as many as the
         engine does, up to 512. threads: there is no use of them.
         Raises RuntimeMissing, also for an engine of another version of TensorRT or another kind of GPU; UsageError,
         also for a context beyond what the engine was built for; IntegrityError for a broken folder or with TensorRT's
@@ -63,9 +62,9 @@ class TensorRt:
         """
         check_sizes(threads, context, batch)
         folder, config = located(artifact), read_config(located(artifact))
-        if exact and config.type_name != EXACT_TYPE:
-            what = f"an engine of type {config.type_name} computes as it was built"
-            raise UsageError(what, where=folder, fix=f"only one of type {EXACT_TYPE} has an exact run")
+        if exact:
+            what = "an engine computes in the types that it was built with"
+            raise UsageError(what, where=folder, fix="ask for a session that is not exact")
         if context > config.max_length:
             what = f"the engine was built for sequences of up to {config.max_length} tokens; {context} were asked for"
             raise UsageError(what, where=folder, fix="ask for fewer, or build it with a larger --max-length")
