@@ -27,4 +27,5 @@ ONNX_HALF_TABLES = Floor(
     1e-6, 2e-2, "its rotary tables are in float16; measured on onnxruntime: KL 3e-8 to 4e-8, logits 2e-3 to 3e-3"
 )
 ONNX = Floor(1e-6, 1e-3, "float32 rounding; measured on onnxruntime: KL 3e-13 to 2e-12, logits 5e-6 to 4e-5")
+SAME_LIBRARY = Floor(1e-6, 1e-3, "float32 rounding; transformers on both sides, positions cut otherwise")
 GGUF_FLOORS: Mapping[str, Floor] = {"silu": EXACT, "gelu": GELU_TABLE, "gelu_tanh": GELU_TABLE}

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping
 GROUP_RMS: Mapping[str, tuple[float, ...]] = {
     # bits and kind -> ||rounded - source|| / ||source|| of normally distributed weights, by GROUPS
     "int8 sym": (0.0040, 0.0048, 0.0056, 0.0062, 0.0068, 0.0083),
+    "int8 pos": (0.0040, 0.0048, 0.0056, 0.0062, 0.0068, 0.0083),
     "int8 zp": (0.0034, 0.0043, 0.0050, 0.0057, 0.0063, 0.0078),
     "int4 sym": (0.071, 0.082, 0.092, 0.100, 0.106, 0.114),
+    "int4 pos": (0.075, 0.087, 0.097, 0.104, 0.109, 0.114),
     "int4 zp": (0.064, 0.077, 0.087, 0.096, 0.102, 0.110),
     "int2 sym": (0.307, 0.341, 0.365, 0.380, 0.389, 0.399),
+    "int2 pos": (0.366, 0.386, 0.395, 0.399, 0.401, 0.402),
     "int2 zp": (0.303, 0.335, 0.356, 0.368, 0.376, 0.386),
 }
 GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
@@ -102,9 +105,9 @@ MOVED_LIMITS: Mapping[str, float] = {
     "Q3_K": 0.7,
     "Q2_K": 1.25,
 }
+PRUNED_LIMIT = 1.2  # of a sparse matrix, whatever its type: 0.36 to 0.6 were measured of 2:4
+PRUNED_RMS = 0.6  # usual of one whose other weights make up for those that went
 MOVED_ORIGIN = (
     "by type, about twice the most that was measured on solved files (Q2_K, Q3_K, Q4_K: ten checkpoints; Q4_0, IQ4_XS, "
     "Q5_K, Q6_K, Q8_0: one; others: as their neighbours); a tensor in another's place is √2 away"
-PRUNED_LIMIT = 1.2  # of a sparse matrix, whatever its type: 0.36 to 0.6 were measured of 2:4
-PRUNED_RMS = 0.6  # usual of one whose other weights make up for those that went
 )

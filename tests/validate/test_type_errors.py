@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmx.exporters.encoding import GROUP_ENCODINGS, encoding
+from llmx.exporters.encoding import ENCODINGS, GROUP_ENCODINGS, encoding
 from llmx.exporters.gguf_types import WRITABLE_TYPES
+from llmx.formats.ggml_blocks import BLOCKS
 from llmx.formats.ggml_decode import decode
 from llmx.formats.gguf import read_gguf
 from llmx.quant.grid import encode
@@ -26,8 +27,7 @@ def test_what_is_usual_is_measured_and_below_both_limits(type_name):
 
 
 def test_every_type_that_can_be_written_has_its_limits():
-    groups = {name for name in GROUP_ENCODINGS if "-pos" not in name}  # as they are read, no other than -sym
-    assert set(WRITABLE_TYPES) | groups <= set(RMS_LIMITS) & set(USUAL_RMS) & set(MOVED_LIMITS)
+    assert set(WRITABLE_TYPES) | set(ENCODINGS) - set(BLOCKS) <= set(RMS_LIMITS) & set(USUAL_RMS) & set(MOVED_LIMITS)
 
 
 def test_a_solved_tensor_that_is_farther_than_its_type_moves_is_caught(solved, case_of, rewrite, tmp_path):
