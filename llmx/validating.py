@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "report.json"
 JUNIT_NAME = "junit.xml"
-RUNTIME_OF_FORMAT = {"gguf": "llama.cpp", "onnx": "onnxruntime", "tensorrt": "tensorrt"}
+RUNTIME_OF_FORMAT = {
+    "gguf": "llama.cpp",
+    "onnx": "onnxruntime",
+    "tensorrt": "tensorrt",
+    "trtllm": "transformers",  # emulates it: TensorRT-LLM itself takes a GPU
+}
 EXTRA_OF_FORMAT = {"gguf": "llamacpp", "onnx": "onnx", "tensorrt": "tensorrt"}  # what pip installs the runtime by
 
 
