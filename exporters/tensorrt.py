@@ -232,6 +232,7 @@ def _built(export: TensorRtExport, graph: Path, engine: Path) -> dict[str, Any]:
         shapes=tuple(_shapes(export, profile) for profile in export.profiles),
         flags=_flags(export),
         types=None if export.builder.strong else value_types(graph),
+        nodes=tuple(f"{node.op_type} {node.name or node.outputs[0].name}" for node in export.graph.graph.graph),
         timing_cache=options.timing_cache,
         level=options.level,
         portable=options.portable,

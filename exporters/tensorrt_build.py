@@ -105,7 +105,8 @@ class Request:
     """One build. shapes: of each profile, input name -> its least, best and most shapes.
 
     flags: names of builder flags. types: value -> "F16" or "F32", what a weakly typed network is held to.
-    timing_cache: read and written. level: of the builder's optimization, None for its own.
+    nodes: what each is called in messages, in order. timing_cache: read and written. level: of the builder's
+    optimization, None for its own.
     """
 
     graph: Path
@@ -113,6 +114,7 @@ class Request:
     shapes: tuple[Mapping[str, Sequence[Sequence[int]]], ...]
     flags: tuple[str, ...] = ()
     types: Mapping[str, str] | None = None
+    nodes: tuple[str, ...] = ()
     timing_cache: Path | None = None
     level: int | None = None
     portable: bool = False
@@ -174,6 +176,7 @@ def build(builder: Builder, request: Request, step: Callable[[str], None]) -> di
         "timing_cache": None if request.timing_cache is None else str(request.timing_cache),
         "profiles": list(request.shapes),
         "types": None if builder.strong else dict(request.types or {}),
+        "nodes": list(request.nodes),
     }
     return _ask(asked, step, None)
 

@@ -146,7 +146,7 @@ def build(asked: Mapping[str, Any], out: TextIO) -> dict[str, Any]:
     asked: package, graph, engine (paths), network_flags, flags, cleared (names), tactic_sources (names, None: the
     builder's own), hardware_compatibility (name or None), optimization_level (int or None), timing_cache (path or
     None), profiles (each input name -> [least, best, most] shapes), types (value -> "F16" or "F32": what weakly typed
-    networks are held to, None where they are strongly typed).
+    networks are held to, None where they are strongly typed), nodes (what each is called in messages).
     """
     trt = _module(asked["package"])
     log = Log(trt)
@@ -159,7 +159,8 @@ def build(asked: Mapping[str, Any], out: TextIO) -> dict[str, Any]:
     parser = trt.OnnxParser(network, log.logger)
     _tell(out, {"step": "Parsing the graph"})
     if not parser.parse_from_file(asked["graph"]):
-        raise Refused("UnsupportedError", f"the parser of {_named(trt, asked)} refuses the graph", _refusals(parser))
+        what = f"the parser of {_named(trt, asked)} refuses the graph"
+        raise Refused("UnsupportedError", what, _refusals(parser, asked["nodes"], log))
     config = _configured(trt, builder, network, asked, log, out)
     held = _hold_types(trt, network, asked["types"])
     _admit_decomposition(trt, network)
@@ -199,15 +200,15 @@ def _bits(enumeration: Any, names: Sequence[str]) -> int:
     return found
 
 
-def _refusals(parser: Any) -> list[str]:
-    """A line for every node that the parser refuses: the operator, the node's name, and why."""
+def _refusals(parser: Any, nodes: Sequence[str], log: Log) -> list[str]:
+    """A line for every node that the parser refuses, and why; then the log. nodes: what each is called in messages."""
     lines = []
     for number in range(parser.num_errors):
         error = parser.get_error(number)
-        operator = error.node_operator() if hasattr(error, "node_operator") else ""
-        name = error.node_name() if hasattr(error, "node_name") else f"number {error.node()}"
-        lines.append(f"node {name} ({operator or 'operator not told'}): {error.desc()}")
-    return lines
+        known = 0 <= error.node() < len(nodes)
+        words = f"{error.desc()} ({error.code().name})"
+        lines.append(f"{nodes[error.node()]}: {words}" if known else words)
+    return lines + log.errors
 
 
 def _configured(trt: Any, builder: Any, network: Any, asked: Mapping[str, Any], log: Log, out: TextIO) -> Any:
