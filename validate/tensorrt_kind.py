@@ -5,6 +5,7 @@ Its weights lie there as the builder arranged them for the kernels that it chose
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -114,8 +115,11 @@ class TensorRtKind:
     def described(self, file: EngineArtifact) -> dict[str, Any]:
         told, kept = asdict(file.config), file.folder / BUILD_REPORT_NAME
         numbers = {key: value for key, value in told.items() if key not in {"encodings", "profiles", "options"}}
+        numbers["tensors"] = ", ".join(f"{count} {kept}" for kept, count in Counter(told["encodings"].values()).items())
         return {
             **sizes(file),
+            "tensors": [],  # nobody knows where in the plan they lie, or in how many bytes
+            "encodings": told["encodings"],
             "profiles": told["profiles"],
             "options": told["options"],
             "build_report": kept.name if kept.is_file() else None,
