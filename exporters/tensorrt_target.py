@@ -15,7 +15,7 @@ from llmx.exporters.onnx_imports import import_ir
 from llmx.exporters.onnx_target import PACKAGES
 from llmx.exporters.target import Asked, WrittenTensor
 from llmx.exporters.tensorrt_build import Builder, Installed, find_builder, installed
-from llmx.exporters.tensorrt_types import BY_BITS, TensorRtMix, find_mix, planned_scales, planned_types
+from llmx.exporters.tensorrt_types import BY_BITS, TensorRtMix, find_mix, input_roundings, planned_scales, planned_types
 from llmx.exporters.tensorrt_types import wanted_types as wanted_by
 from llmx.formats.onnx import FLOATS
 from llmx.formats.tensorrt import CONFIG_NAME, ENGINE_NAME
@@ -152,7 +152,7 @@ class TensorRtDraft:
             threads=threads,
             effort=decided.recipe.effort,
             solver=decided.solver,
-            scales=planned_scales(self.mix, types),
+            scales=planned_scales(architecture, self.mix, types),
         )
         chosen = tensorrt.EngineOptions(
             tensorrt.limits(architecture, asked.max_batch, asked.max_input, asked.max_length),
@@ -220,7 +220,7 @@ class TensorRtTarget:
         raise UsageError("the size of an engine cannot be chosen", fix="choose a --type")
 
     def static_inputs(self) -> Mapping[str, Rounding]:
-        return {name: scale.kind for name, scale in self.export.graph.options.scales.items()}
+        return input_roundings(self.model.architecture, self.export.mix, self.export.graph.options.types)
 
     def calibrated(self, model: Model, calibration: Calibration, threads: int) -> TensorRtTarget:
         """Recorded anew: the graph's weights are thunks of the model, and it holds the measured scales."""
