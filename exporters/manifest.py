@@ -62,13 +62,15 @@ def manifest_path(artifact: Path) -> Path:
 
 
 def file_of(artifact: Path) -> Path:
-    """The file that a runtime loads: in a folder the graph or the engine, else the path itself."""
+    """The file that a runtime loads: of a folder the engine, the graph or the configuration, else the path itself."""
     from llmx.formats.onnx import MODEL_NAME
     from llmx.formats.tensorrt import ENGINE_NAME
+    from llmx.formats.trtllm import CONFIG_NAME
 
     if not artifact.is_dir():
         return artifact
-    return artifact / (ENGINE_NAME if (artifact / ENGINE_NAME).is_file() else MODEL_NAME)
+    names = (ENGINE_NAME, MODEL_NAME, CONFIG_NAME)
+    return artifact / next((name for name in names if (artifact / name).is_file()), MODEL_NAME)
 
 
 def json_schema() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def plan(prepared: Prepared) -> str:
     types = ", ".join(f"{count} {name}" for name, count in described["types"].items())
     lines = [
         _table(("tensor", "shape", "type", "bytes", "instead of"), rows),
-        *(f"{file['name']}  {file['bytes']:,} bytes" for file in described["files"]),
+        *(f"{f['name']}  {'about ' * ('estimated' in f)}{f['bytes']:,} bytes" for f in described["files"]),
         f"  {planned.parameters:,} parameters, {planned.bits_per_weight:.2f} bits per weight: {types}",
         f"  peak memory about {_megabytes(prepared.peak_memory_bytes)}",
         *_remarks(described),
@@ -97,9 +97,26 @@ def file(found: dict[str, Any]) -> str:
 
 def _kind(found: dict[str, Any]) -> str:
     """The format and its version in words."""
-    if "opsets" not in found:
-        return f"GGUF version {found['version']}"
+    return _KINDS[found["format"]](found)
+
+
+def _onnx(found: dict[str, Any]) -> str:
     return f"ONNX, {', '.join(f'{domain} {version}' for domain, version in found['opsets'].items())}"
+
+
+def _trtllm(found: dict[str, Any]) -> str:
+    """Its layout, ranks, and quantization in TensorRT-LLM's words."""
+    ranks = f", tp {found['tensor_parallel']}, pp {found['pipeline_parallel']}" if found["layout"] == "ranks" else ""
+    cache = f", {found['cache']} cache" if found["cache"] else ""
+    return f"TensorRT-LLM checkpoint, layout {found['layout']}{ranks}, {found['algorithm'] or 'floats'}{cache}"
+
+
+_KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "gguf": lambda found: f"GGUF version {found['version']}",
+    "onnx": _onnx,
+    "tensorrt": lambda found: "TensorRT engine",
+    "trtllm": _trtllm,
+}
 
 
 def doctor(found: dict[str, Any]) -> str:

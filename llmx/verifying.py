@@ -86,7 +86,7 @@ def verify(
         raise UsageError("--signature needs the key that it is checked with", fix="give --public-key")
     if not target.is_file():
         raise UsageError("there is no such file", where=target)
-    is_manifest = manifest is None and target.suffix == ".json"
+    is_manifest = manifest is None and _is_manifest(target)
     path = manifest or (target if is_manifest else manifest_path(target))
     if not path.is_file():
         raise UsageError("the artifact has no manifest", where=path, fix="say with --manifest where it is")
@@ -102,6 +102,13 @@ def verify(
     total = sum(file.nbytes for file in told.files)
     placed = sum(tensor.file is not None for tensor in told.tensors)
     return Verification(path, len(told.files), placed, total, public_key is not None, differences)
+
+
+def _is_manifest(target: Path) -> bool:
+    """Whether a file is a manifest itself, and not one that has another beside it: a checkpoint's configuration."""
+    from llmx.exporters.manifest import manifest_path
+
+    return target.suffix == ".json" and not manifest_path(target).is_file()
 
 
 def signature_path(manifest: Path) -> Path:
@@ -124,7 +131,7 @@ def sign(target: Path, key: Path, *, output: Path | None = None, force: bool = F
     target = file_of(target)
     if not target.is_file():
         raise UsageError("there is no such file", where=target)
-    path = target if target.suffix == ".json" else manifest_path(target)
+    path = target if _is_manifest(target) else manifest_path(target)
     read_manifest(path)
     final = output or signature_path(path)
     artifact.check_targets([final], (path, key), force)
