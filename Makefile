@@ -34,7 +34,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 $(TESTABLE): $(READY)
-	$(INSTALL) --editable '.[llamacpp,onnx,dev]'
+	$(INSTALL) --editable '.[llamacpp,onnx,tensorrt-rtx,dev]'
 	touch $(TESTABLE)
 
 clean:
