@@ -216,3 +216,12 @@ def test_types_of_values_are_read_from_the_graph_for_builders_that_would_choose_
     onnx.write(graph, files)
     types = tensorrt.value_types(files[0])
     assert types["logits"] == "F32" and set(types.values()) == {"F32", "F16"}
+
+
+def test_inputs_of_down_stay_in_floats_where_rounding_them_to_int8_costs_the_most(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    rounding = planned(checkpoint("llama"), "W8A8").static_inputs()
+    assert rounding["layers.0.down.weight"] == "float" and rounding["layers.0.up.weight"] == "int8"
+    assert set(planned(checkpoint("llama"), "FP8").static_inputs().values()) == {"fp8"}
+    assert planned(checkpoint("llama"), "W8A16").static_inputs() == {}
