@@ -20,6 +20,7 @@ from llmx.exporters import artifact, onnx
 from llmx.exporters.onnx import OnnxExport, OnnxOptions
 from llmx.exporters.onnx_write import Rows
 from llmx.exporters.plan import Plan, PlannedFile, Step
+from llmx.exporters.sparsity import Sparsity
 from llmx.exporters.tensorrt_build import Builder, Installed, Request, build
 from llmx.exporters.tensorrt_types import TensorRtMix
 from llmx.formats.onnx import FLOATS, split_name
@@ -55,6 +56,7 @@ MAX_BATCH, MAX_INPUT, MAX_LENGTH = 1, 1024, 4096
 ENGINE_SHARE, ENGINE_PER_LAYER, ENGINE_PER_EXPERT = 1.03, 1 << 20, 3 << 18
 CONFIG_BYTES, REPORT_BYTES = 4096, 4096
 GRAPH_FOLDER = ".graph"
+TWO_OF_FOUR = "2:4"  # the one pattern that GPUs have products for
 MEMORY_PER_ENGINE_BYTE, BUILDER_MEMORY = 4, 1 << 30
 
 
@@ -84,14 +86,14 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the user chose of the build; see Request. sparse: the weights are 2:4, and kernels may use that."""
+    """What the user chose of the build; see Request. sparsity: of the weights; kernels may use it where it is 2:4."""
 
     limits: EngineLimits
     refit: bool = False
     portable: bool = False
     level: int | None = None
     timing_cache: Path | None = None
-    sparsity: str | None = None
+    sparsity: Sparsity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +262,7 @@ def _flags(export: TensorRtExport) -> tuple[str, ...]:
         weak.append("FP16")
     if weak and mix.base not in FLOATS:
         weak.append("INT8")
-    sparse = ["SPARSE_WEIGHTS"] if options.sparsity == "2:4" else []
+    sparse = ["SPARSE_WEIGHTS"] if options.sparsity is not None and options.sparsity.pattern == TWO_OF_FOUR else []
     return (*weak, *sparse, *(["REFIT"] if options.refit else []))
 
 
@@ -303,7 +305,7 @@ def _config(export: TensorRtExport, engine: Path, built: Mapping[str, Any]) -> E
         dialect=export.builder.dialect,
         version=metadata.version("llmx"),
         solver=graph.solver,
-        sparsity=options.sparsity,
+        sparsity=graph.sparsity,
         refit=options.refit,
         options={"portable": options.portable, "optimization_level": options.level},
     )

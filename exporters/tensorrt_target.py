@@ -49,7 +49,7 @@ class TensorRtFormat:
     takes = frozenset(
         {
             "builder", "max_batch", "max_input", "max_length", "timing_cache", "refit", "portable",
-            "optimization_level", "sparsity",
+            "optimization_level",
         }
     )  # fmt: skip
     is_folder = True
@@ -153,6 +153,7 @@ class TensorRtDraft:
             effort=decided.recipe.effort,
             solver=decided.solver,
             scales=planned_scales(architecture, self.mix, types),
+            sparsity=None if decided.sparsity is None else decided.sparsity.to_text(),
         )
         chosen = tensorrt.EngineOptions(
             tensorrt.limits(architecture, asked.max_batch, asked.max_input, asked.max_length),
@@ -160,7 +161,7 @@ class TensorRtDraft:
             portable=bool(asked.portable),
             level=asked.optimization_level,
             timing_cache=asked.timing_cache,
-            sparsity=getattr(asked, "sparsity", None),
+            sparsity=decided.sparsity,
         )
         return TensorRtTarget(tensorrt.prepare(model, self.mix, options, self.installed, self.builder, chosen))
 

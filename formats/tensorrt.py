@@ -58,7 +58,7 @@ class EngineConfig:
     the only GPU that runs it, None where there is no such bond. floats: the type of what is not quantized, and of the
     cache. encodings: canonical name -> encoding or float type of every tensor. parameters: weights. max_batch in
     sequences, max_input and max_length in tokens of one; max_length is the largest capacity. cache:
-    one of CACHES. sha256: of the engine. sparsity: "2:4" or None.
+    one of CACHES. sha256: of the engine. sparsity: what a sparse artifact says of its zeros, JSON; None of a dense one.
     """
 
     architecture: str

@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 from llmx import api
 from llmx.errors import CheckFailed
 from llmx.exporters.manifest import json_schema
+from llmx.exporters.sparsity import read_sparsity
 from llmx.exporters.tensorrt import GRAPH_FOLDER
 from llmx.formats.tensorrt import read_config
 from llmx.interpreter import TENSORRT_PYTHON
@@ -187,3 +188,21 @@ def test_another_python_without_tensorrt_is_told(
     monkeypatch.setenv(TENSORRT_PYTHON, python)
     done = here("export", EXAMPLE, "--format", "tensorrt", "--bits", 16, "--no-validate", "-o", tmp_path / "made")
     assert done.code == 7 and python in done.stderr and "not installed" in done.stderr
+
+
+def test_sparse_weights_are_told_and_their_kernels_allowed(
+    tmp_path: Path, here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmx.exporters import tensorrt
+
+    asked: list[tuple[str, ...]] = []
+    build = tensorrt.build
+    monkeypatch.setattr(tensorrt, "build", lambda *given: (asked.append(given[1].flags), build(*given))[1])
+    for pattern in ("2:4", "50%"):
+        given = ("--bits", 16, "--sparsity", pattern, "--method", "magnitude")
+        done = here("export", EXAMPLE, *PLAIN, *given, "-o", tmp_path / pattern.rstrip("%").replace(":", "of"))
+        assert done.code == 0, done.stderr
+    assert asked == [("SPARSE_WEIGHTS",), ()]
+    told = read_sparsity(read_config(tmp_path / "2of4").sparsity)
+    assert (told.pattern, told.method) == ("2:4", "magnitude")
+    assert read_config(tmp_path / "50").sparsity is not None
