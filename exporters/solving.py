@@ -20,6 +20,7 @@ from llmx.errors import IntegrityError
 from llmx.exporters.assignment import Assignment
 from llmx.exporters.encoding import Encoding, encoding
 from llmx.exporters.journal import Journal
+from llmx.exporters.shared_scales import SharedScales
 from llmx.exporters.sparse_rows import encode, handed_over, pruned, told
 from llmx.formats.ggml_packers import BlockScales
 from llmx.models.model import Model, Weight
@@ -135,6 +136,7 @@ class MatrixSolver:
     workers: Workers
     progress: Progress
     tied: bool
+    scales: SharedScales | None = None  # of encodings that have one for a product; None takes one for each matrix
     head: MatrixInputs | None = None  # of a tied embedding: the head's inputs in the float model
     rows: dict[str, Bytes] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
@@ -201,7 +203,8 @@ class MatrixSolver:
             )
         if self._shared is None or self._shared[0] is not inputs:
             self._shared = (inputs, Prepared(found))
-        kept, count = encoding(assigned.type_name), weight.spec.shape[-2]
+        own = encoding(assigned.type_name) if self.scales is None else self.scales.bound(weight.spec, expert)
+        kept, count = own, weight.spec.shape[-2]
         first, rows = count * (expert or 0), self._rows_of(weight, expert)
         if not kept.solvable(weight.cols) and assigned.sparsity is None:
             return self._rounded(weight, expert, kept, rows, found)
@@ -357,7 +360,8 @@ def solve_tensors(
         scaling = _scaling(model, assignments, calibration, inputs or {}, pool)
         if scaling is not None:
             model = scaling.folds.applied(model)
-        solver = MatrixSolver(assignments, options, folder, journal, calibration.device, pool, progress, tied)
+        scales = SharedScales(model, {name: assigned.type_name for name, assigned in assignments.items()})
+        solver = MatrixSolver(assignments, options, folder, journal, calibration.device, pool, progress, tied, scales)
         if tied and "embedding.weight" in assignments and journal.facts("solved embedding.weight") is None:
             solver.head = _head_inputs(model, calibration, pool)
         walk(model, calibration, solver, pool)

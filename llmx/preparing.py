@@ -52,7 +52,7 @@ SPARSE_TYPE = "F16"  # of a sparse export that names none: pruning alone
 class ExportRequest:
     """Everything `llmx export` can be told. `output` is a folder, or a file for one-file formats.
 
-    method, effort: None takes the recipe's, or auto and balanced. dialect, layout: None takes the format's own first one.
+    method, effort: None takes the recipe's, or auto and balanced. dialect, layout: None takes the format's first one.
     tp, pp: GPUs that share every layer, and stages, that a checkpoint is dealt to. kv_cache: what keys and values are
     cached as, "fp8" or "int8".
     builder, timing_cache, refit, portable, optimization_level: how an engine is built, None as its builder does it.
@@ -163,7 +163,7 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
     draft = target.draft(recipe, Asked(**{name: getattr(request, name) for name in FORMAT_OPTIONS}))
     chosen = recipe.method
     if draft.measures_inputs:
-        wishes, recipe = _measuring(wishes, recipe, target.types.bits(draft.base))
+        wishes, recipe = _measuring(wishes, recipe, target.types.bits(draft.base), draft.base)
     model = open_source(request.model, request.revision)
     if manifest is not None:
         rebuilding.call_it_as_before(model, manifest)
@@ -210,11 +210,14 @@ def _check_sparse(exporter: Exporter, decided: Quantization, target: Format) -> 
     check_sparse(decided.resolved, exporter.types_to_solve(), exporter.model)
 
 
-def _measuring(wishes: Wishes, recipe: Recipe, bits: float) -> tuple[Wishes, Recipe]:
-    """With a calibration in any case, which is for inputs: weights of 8 bits gain nothing from being solved."""
+def _measuring(wishes: Wishes, recipe: Recipe, bits: float, base: str) -> tuple[Wishes, Recipe]:
+    """With a calibration in any case, which is for inputs. Whole numbers of 8 bits gain nothing from being solved; FP8,
+    which has four leading bits, does."""
+    from llmx.exporters.encoding import FLOAT8_ENCODINGS
     from llmx.exporters.quantization import EIGHT_BITS
 
-    rounds = recipe.method == "auto" and recipe.sparsity is None and bits >= EIGHT_BITS
+    whole = bits >= EIGHT_BITS and base not in FLOAT8_ENCODINGS
+    rounds = recipe.method == "auto" and recipe.sparsity is None and whole
     return replace(wishes, calibrate=True), replace(recipe, method="rtn") if rounds else recipe
 
 

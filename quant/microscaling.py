@@ -195,8 +195,8 @@ class Fp8Grid:
         return self.size
 
     def bound(self, weight: Floats, importance: Floats | None = None) -> Grid:
-        """With the tensor's scale, where one is shared: of those tried, the one of least weighted squared error."""
-        if not self.shared:
+        """With the tensor's scale, where one is shared and none is given: of those tried, that of least error."""
+        if not self.shared or self.tensor:
             return self
         values, columns, work = flat(weight), relative(importance), workspace(self.size)
         tried = np.abs(weight).max(initial=0) / np.array(FP8_SEARCHES["balanced"].starts, np.float32)
