@@ -17,15 +17,14 @@ import torch
 
 from llmx.quant.gptq import damped
 from llmx.quant.solve import Prepared, SolveOptions, loss, parts_of, target
-from llmx.quant.sparse import Order, Pruned, eliminate, exchange, ordered, settle
+from llmx.quant.sparse import STEPS, Order, Pruned, eliminate, exchange, ordered, settle
 from llmx.quant.sparsity import Pattern, largest_kept
 from llmx.quant.statistics import Statistics
 from llmx.quant.workers import Workers
 
 Tensor = torch.Tensor
 Masked = tuple[Tensor, Tensor]  # kept bool, value f32, [out, in] each
-STEPS = 10  # of conjugate gradients between exchanges: 20 and 40 left the loss as it was to three digits
-LAST_STEPS = 20
+LAST_STEPS = 20  # of conjugate gradients
 
 # method of a recipe -> what is tried
 CANDIDATES: Mapping[str, tuple[str, ...]] = {
@@ -96,9 +95,9 @@ def _sparsegpt(task: _Task, part: slice) -> Masked:
     assert task.order is not None, "without an inverse of the Hessian it is no candidate"
     sideways, pattern = task.wanted[part].T.contiguous(), task.pattern
     kept, value = eliminate(sideways, task.order, pattern)
-    for _ in range(task.exchanges if pattern.group else 0):
-        value = settle(value, sideways, task.hessian, kept, STEPS)
-        kept, value = exchange(value, sideways, task.hessian, pattern)
+    value = settle(value, sideways, task.hessian, kept, STEPS)
+    for _ in range(task.exchanges):
+        kept, value = exchange(kept, value, sideways, task.hessian, task.order, pattern)
     value = settle(value, sideways, task.hessian, kept, LAST_STEPS)
     return kept.T.contiguous(), value.T.contiguous()
 

@@ -49,13 +49,13 @@ class SolveOptions:
     sweeps: int = 10
     effort: Effort = "balanced"
     repairs: bool = True
-    exchanges: int = 2
+    exchanges: int = 4
 
 
 EFFORTS: dict[Effort, SolveOptions] = {
-    "fast": SolveOptions(shares=(0.1,), sweeps=2, effort="fast", exchanges=1),
+    "fast": SolveOptions(shares=(0.1,), sweeps=2, effort="fast", exchanges=2),
     "balanced": SolveOptions(),
-    "best": SolveOptions(("rtn", "refined", "gptq"), sweeps=16, effort="best", exchanges=4),
+    "best": SolveOptions(("rtn", "refined", "gptq"), sweeps=16, effort="best", exchanges=8),
 }
 
 

@@ -3,10 +3,10 @@
     eliminate   columns one after another with U of H⁻¹ = Uᵀ U: of each group of four the pair whose loss costs least,
                 x_Sᵀ [(H⁻¹)_SS]⁻¹ x_S, made up for by the columns not yet passed
     settle      the least squares of what is kept, M ∘ (H (v − w*)) = 0 for every row, by conjugate gradients
-    exchange    every group once: the best pair and its best values, the other groups fixed, under the whole Hessian
+    exchange    zeros for kept weights that are worth less than what they would win; not in rows that lose by it
 
 The elimination leaves each kept weight as it was when its column was passed; settling takes a quarter to a third off
-its loss. Exchanging and settling in turn never go uphill. Arrays are f32[columns, rows]: rows are independent.
+its loss, four exchanges another eighth. None goes uphill. Arrays are f32[columns, rows]: rows are independent.
 
 Sources: SparseGPT, arXiv 2301.00774, algorithm 1 (there with the score w² / U_jj², each weight alone); Wanda,
 arXiv 2306.11695, equation 1.
@@ -24,6 +24,7 @@ from llmx.quant.workers import spans
 
 Tensor = torch.Tensor
 BLOCK = 128  # columns eliminated before the others hear of it, and of which a share is taken; whole groups
+STEPS = 10  # of conjugate gradients between exchanges: 20 and 40 left the loss as it was to three digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,10 @@ class Order:
 
     order: Tensor
     upper: Tensor
+
+    def inverse_diagonal(self) -> Tensor:
+        """f32[in]: the diagonal of H⁻¹, the columns as they lie in the matrix."""
+        return self.upper.square().sum(0)[torch.argsort(self.order)]
 
 
 def ordered(hessian: Tensor, pattern: Pattern) -> Order | None:
@@ -129,29 +134,35 @@ def settle(value: Tensor, target: Tensor, hessian: Tensor, kept: Tensor, steps: 
     return value
 
 
-def exchange(value: Tensor, target: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """(kept, value) after every group has taken the set of weights, and the values, that lower the loss most."""
-    size = pattern.group
-    sets = _sets(size, pattern.kept, value.device)
-    value, gradient = value.clone(), hessian @ (value - target)
-    kept = torch.empty(value.shape, dtype=torch.bool, device=value.device)
-    for block in spans(len(value), BLOCK):
-        own, slope, before = hessian[block, block], gradient[block].clone(), value[block].clone()
-        places = torch.arange(len(own), device=value.device).reshape(-1, size)
-        corners = own[places[:, :, None], places[:, None, :]]
-        solved = torch.linalg.inv(corners[:, sets[:, :, None], sets[:, None, :]].double()).float()
-        now = before.clone()
-        for number, group in enumerate(spans(len(own), size)):
-            wanted = (corners[number] @ now[group] - slope[group])[sets]
-            found = solved[number] @ wanted  # f32[sets, kept, rows]: the best values of each set
-            best = (wanted * found).sum(1).argmax(0)
-            places_kept = sets[best].T
-            chosen = found.gather(0, best.expand(1, pattern.kept, -1))[0]
-            new = torch.zeros_like(now[group]).scatter_(0, places_kept, chosen)
-            slope.addmm_(own[:, group], new - now[group])
-            now[group] = new
-            inside = slice(block.start + group.start, block.start + group.stop)
-            kept[inside] = torch.zeros_like(new, dtype=torch.bool).scatter_(0, places_kept, True)
-        value[block] = now
-        gradient.addmm_(hessian[:, block], now - before)
-    return kept, value
+def exchange(
+    kept: Tensor, value: Tensor, target: Tensor, hessian: Tensor, factor: Order, pattern: Pattern
+) -> tuple[Tensor, Tensor]:
+    """(kept, value) with other zeros in the rows that then, settled, lose less; as many of every group as before.
+
+    A weight that is kept is worth w² c, one that is not g² / c, g its slope. c is H_jj where the others stay as they
+    are, and 1 / (H⁻¹)_jj where they are free; half of them are, so it is the geometric mean. (With either alone fewer
+    rows got better, by less: layers of a trained model lost 2 and 11 % more than with the mean.)
+    """
+    worth = (hessian.diagonal() / factor.inverse_diagonal()).sqrt()[:, None]
+    slope = hessian @ (value - target)
+    scores = torch.where(kept, value.square() * worth, slope.square() / worth)
+    chosen = _highest(scores, kept, pattern.group or len(value))
+    moved = settle(torch.where(chosen, value, 0.0), target, hessian, chosen, STEPS)
+    better = _losses(moved, target, hessian) < _losses(value, target, hessian)
+    return torch.where(better, chosen, kept), torch.where(better, moved, value)
+
+
+def _highest(scores: Tensor, kept: Tensor, group: int) -> Tensor:
+    """bool[columns, rows]: of every group the places of the highest scores, as many as were kept there."""
+    grouped = scores.reshape(-1, group, scores.shape[1])
+    order = torch.argsort(grouped, dim=1, descending=True, stable=True)
+    numbers = torch.arange(group, device=scores.device)[None, :, None].expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, numbers)
+    counts = kept.reshape(grouped.shape).sum(1, keepdim=True)
+    return (rank < counts).reshape(scores.shape)
+
+
+def _losses(value: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
+    """f32[rows]"""
+    error = value - target
+    return (error * (hessian @ error)).sum(0)
