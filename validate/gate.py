@@ -179,7 +179,7 @@ DEFAULTS: Mapping[str, Mapping[str, Bound]] = {
         "int2": Bound(1.5, 0.15, 4.0),  # 2.1 to 4.5
     },
     "tensorrt": {
-        "F32": Bound(1e-4, 0.98, 1.005),  # products in TF32 where the builder takes them
+        "F32": Bound(1e-4, 0.98, 1.005),  # its products are of float32, not TF32
         "F16": Bound(2e-3, 0.94, 1.02),
         "BF16": Bound(0.01, 0.86, 1.05),  # activations in 8 bits of mantissa
         "int8": Bound(0.05, 0.7, 1.2),  # W8A8: inputs on one static scale, as well

@@ -244,3 +244,19 @@ def test_what_a_worker_imports_is_clean_for_python_3_10() -> None:
 
 def _is_typing_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@pytest.mark.gpu
+def test_an_engine_that_is_built_here_computes_what_transformers_does(tmp_path: Path) -> None:
+    from llmx import api
+
+    if (reason := TensorRt().unavailable()) is not None:
+        pytest.skip(f"TensorRT: {reason}")
+    asked = api.ExportRequest(model=str(cases.EXAMPLE), format="tensorrt", type_name="F16", output=tmp_path / "engine")
+    proof = api.export(asked).validation
+    assert proof is not None and proof.passed
+    figures = {check.name: check for check in proof.checks}
+    for name in ("quality.kl", "quality.decode"):
+        assert float(figures[name].value or 0) < 1e-4
+    assert float(figures["quality.same_top1"].value or 0) >= 0.999
+    assert "in CUDA graphs" in figures["speed.decode"].detail
