@@ -171,7 +171,7 @@ def build(asked: Mapping[str, Any], out: TextIO) -> dict[str, Any]:
     with Path(asked["engine"]).open("wb") as stream:
         stream.write(plan)
     finished = time.monotonic()
-    _keep_timing_cache(config, asked["timing_cache"])
+    cached = _keep_timing_cache(config, asked["timing_cache"])
     return {
         "version": str(trt.__version__),
         "python": platform.python_version(),
@@ -182,6 +182,7 @@ def build(asked: Mapping[str, Any], out: TextIO) -> dict[str, Any]:
         "layers_held_to_float32": held,
         "engine_bytes": Path(asked["engine"]).stat().st_size,
         "engine": _inspected(trt, log, plan),
+        "timing_cache_bytes": cached,
         "peak_rss_bytes": _peak_rss(),
         "warnings": list(log.warnings),
     }
@@ -286,14 +287,19 @@ def _take_timing_cache(config: Any, path: str | None, log: Log) -> None:
         raise Refused("IntegrityError", "the timing cache was made on another GPU or by another TensorRT", log.last())
 
 
-def _keep_timing_cache(config: Any, path: str | None) -> None:
-    """Under its name whole or not at all: another build may read it."""
+def _keep_timing_cache(config: Any, path: str | None) -> list[int] | None:
+    """Under its name whole or not at all, for another build may read it. [bytes before, bytes now], or None for none.
+
+    A build that found all its kernels there leaves as many bytes as there were.
+    """
     if path is None:
-        return
+        return None
     target = Path(path)
+    before = target.stat().st_size if target.exists() else 0
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as stream:
         stream.write(config.get_timing_cache().serialize())
     Path(stream.name).replace(target)
+    return [before, target.stat().st_size]
 
 
 def _inspected(trt: Any, log: Log, plan: Any) -> dict[str, Any] | None:
