@@ -40,13 +40,14 @@ def whole(weight: Weight) -> Piece:
 class Quantized:
     """A matrix of few bits. pieces: one under another. columns: laid out as [inputs, outputs], see formats/onnx.py.
 
-    pad: outputs added so that a line of columns is a whole number of bytes.
+    signed: rows of signed numbers. pad: outputs added so that a line of columns is a whole number of bytes.
     """
 
     name: str
     pieces: tuple[Piece, ...]
     encoding: GroupEncoding | Float8Encoding
     columns: bool
+    signed: bool = False
 
     @property
     def rows(self) -> int:
@@ -145,6 +146,9 @@ def _parts_of(matrix: Quantized, scale_type: str) -> dict[str, tuple[tuple[int, 
         codes = FLOAT8 if isinstance(encoding, Float8Encoding) else integer_type(8, signed=True)
         return {CODES: ((matrix.cols, rows), codes), SCALES: ((rows,), scale_type), ZERO_POINTS: None}
     layout, columns = matrix.layout, matrix.columns
+    if matrix.signed:
+        codes = integer_type(layout.bits, signed=True)
+        return {CODES: ((rows, matrix.cols), codes), SCALES: ((rows, groups), scale_type), ZERO_POINTS: None}
     kind = integer_type(layout.bits, not layout.zero_points) if columns else "UINT8"
     zeros = (groups, rows) if columns else (rows, -(-groups * layout.bits // 8))
     return {
@@ -225,11 +229,16 @@ class GraphRecorder:
         encoding: GroupEncoding | Float8Encoding,
         *,
         columns: bool,
+        signed: bool = False,
         scale_type: str | None = None,
     ) -> Parts:
-        """The parts of a matrix of few bits, stored once however often it is used. scale_type: if not the graph's."""
+        """The parts of a matrix of few bits, stored once however often it is used. columns, signed: see `Quantized`.
+
+        By channel it is always columns. scale_type: if not the graph's.
+        """
         name = joined_name([named(piece) for piece in pieces])
-        matrix = Quantized(name, tuple(pieces), encoding, columns or by_channel(encoding))
+        channels = by_channel(encoding)
+        matrix = Quantized(name, tuple(pieces), encoding, columns or channels, signed and not channels)
         codes, scales, zeros = (
             self.keep(Stored(f"{name}.{part}", *shape_and_type, quantized=matrix)) if shape_and_type else None
             for part, shape_and_type in _parts_of(matrix, scale_type or self.type_name).items()

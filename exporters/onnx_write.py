@@ -66,6 +66,8 @@ class Placed:
 
 
 Task = Callable[[], list[Block]]
+# (matrix, its parts by their names, kept rows u8[n, row bytes], the number of the first) -> their bytes in the file.
+LayOut = Callable[[Quantized, Mapping[str, Placed], Bytes, int], list[Block]]
 
 
 def write_data(
@@ -192,13 +194,21 @@ def _quantized_tasks(matrix: Quantized, found: Mapping[str, Placed], rows: Rows,
     step = _chunk_rows(matrix.cols, COLUMNS_CHUNK_WEIGHTS if matrix.columns else CHUNK_WEIGHTS)
     # Columns are cut where a byte begins, whichever weights the rows are of.
     step += -step % (8 // matrix.bits)
-    lay_out = _float8_columns if isinstance(matrix.encoding, Float8Encoding) else _columns if matrix.columns else _rows
+    lay_out = _lay_out(matrix)
     for start, stop in _spans(matrix.rows, step):
         yield partial(_laid_out, lay_out, matrix, found, rows, effort, start, stop)
 
 
+def _lay_out(matrix: Quantized) -> LayOut:
+    if matrix.signed:
+        return _signed_rows
+    if isinstance(matrix.encoding, Float8Encoding):
+        return _float8_columns
+    return _columns if matrix.columns else _rows
+
+
 def _laid_out(
-    lay_out: Callable[[Quantized, Mapping[str, Placed], Bytes, int], list[Block]],
+    lay_out: LayOut,
     matrix: Quantized, found: Mapping[str, Placed], rows: Rows, effort: Effort, start: int, stop: int,
 ) -> list[Block]:  # fmt: skip
     kept, first = [], 0
@@ -224,6 +234,19 @@ def _rows(matrix: Quantized, found: Mapping[str, Placed], kept: Bytes, start: in
         CODES: got.codes.reshape(len(kept), -1),
         SCALES: got.scales.astype(_scale_type(found)).view(np.uint8),
         ZERO_POINTS: got.zero_points,
+    }
+    return [
+        Block(one.offset + start * lines[part].shape[1], lines[part].shape[1], lines[part])
+        for part, one in found.items()
+    ]
+
+
+def _signed_rows(matrix: Quantized, found: Mapping[str, Placed], kept: Bytes, start: int) -> list[Block]:
+    """Outputs under each other, their codes as signed numbers: counted from the middle, the highest bit turned."""
+    got, bits = unpack(matrix.layout, kept, matrix.cols), matrix.layout.bits
+    lines = {
+        CODES: pack_bits(got.codes ^ np.uint8(1 << bits >> 1), bits),
+        SCALES: np.ascontiguousarray(got.scales.astype(_scale_type(found))).view(np.uint8),
     }
     return [
         Block(one.offset + start * lines[part].shape[1], lines[part].shape[1], lines[part])

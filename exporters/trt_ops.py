@@ -131,7 +131,9 @@ class EngineOps:
         return self._products.floats(x, matrix, wide=wide)
 
     def _parts(self, pieces: Sequence[Piece], encoding: GroupEncoding | Float8Encoding) -> Parts:
-        return self._graph.quantized(pieces, encoding, columns=True, scale_type=self._scale_type(encoding))
+        return self._graph.quantized(
+            pieces, encoding, columns=False, signed=True, scale_type=self._scale_type(encoding)
+        )
 
     def _scale_type(self, encoding: GroupEncoding | Float8Encoding) -> str:
         """By channel scales are float32, as they are kept; in groups of the kept type, unless all is float32."""

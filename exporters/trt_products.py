@@ -1,11 +1,13 @@
 """Matrix products of a TensorRT graph: float32 goes in and comes out, what is multiplied is of the graph's type.
 
     floats      x ── Cast ── Gemm(W) ── Cast
-    few bits    x ── Cast ── MatMul(DequantizeLinear(codes, scales)) ── Cast
+    4 bits      x ── Cast ── Gemm(DequantizeLinear(codes, scales)) ── Cast                  codes [out, in], in groups
+    8 bits      x ── Cast ── MatMul(DequantizeLinear(codes, scales)) ── Cast                codes [in, out], by channel
     8-bit in    x ── QuantizeLinear ── DequantizeLinear ── MatMul(DequantizeLinear(codes, scales)) ── Cast
 
 TensorRT keeps codes as they are in the engine and multiplies by them; where inputs are rounded to the same kind of
-8 bits it multiplies these. All zero points are zero: it takes no others.
+8 bits it multiplies these. All zero points are zero: it takes no others. With 4 bits as rows onnxruntime computes what
+stands here, too; it would replace columns by products that round their inputs.
 """
 
 from __future__ import annotations
@@ -65,9 +67,11 @@ class Products:
         else:  # before opset 19 what is dequantized is float32: the builder picks the type of such a product
             type_name = type_name if self.attributes else "F32"
             inputs = self._rounded_to_8_bits(x, scale, name, type_name)
-        product = graph.node("MatMul", inputs, self._dequantized(parts, type_name, rounded=scale is not None))
-        if parts.matrix.pad:
-            product = graph.node("Slice", product, *(graph.constant([n]) for n in (0, parts.matrix.rows, -1)))
+        matrix = self._dequantized(parts, type_name, rounded=scale is not None)
+        if parts.matrix.signed:
+            product = graph.node("Gemm", inputs, matrix, transB=1)
+        else:
+            product = graph.node("MatMul", inputs, matrix)
         return product if type_name == "F32" else graph.cast(product, F32)
 
     def _rounded_to_8_bits(self, x: ir.Value, scale: InputScale, name: str, type_name: str) -> ir.Value:
@@ -84,10 +88,14 @@ class Products:
         return {"output_dtype": int(onnx_type(type_name))} if self.attributes and type_name != "F32" else {}
 
     def _dequantized(self, parts: Parts, type_name: str, *, rounded: bool) -> ir.Value:
-        """float[in, out] of that type. rounded: whether the inputs are of 8 bits, too, so that nothing may stand
-        between; otherwise the type is converted afterwards, as all runtimes take it."""
+        """float[in, out] of that type, float[out, in] where codes lie in groups.
+
+        rounded: whether the inputs are of 8 bits, too, so that nothing may stand between; otherwise the type is
+        converted afterwards, as all runtimes take it.
+        """
         graph, group, kind = self.graph, parts.matrix.group, onnx_type(type_name)
-        groups = {"axis": 1} if group is None else {"axis": 0, "block_size": group}
         given = self._given(type_name) if rounded else {}
-        matrix = graph.node("DequantizeLinear", parts.codes, parts.scales, **groups, **given)
+        # TensorRT 8 reads a zero point for every scale, whether there is one or not.
+        zeros = () if self.attributes else (graph.constant([0] * parts.matrix.rows, "int8"),)
+        matrix = graph.node("DequantizeLinear", parts.codes, parts.scales, *zeros, axis=1, block_size=group, **given)
         return matrix if given or parts.scales.dtype == kind else graph.cast(matrix, kind)

@@ -13,11 +13,13 @@ NAME.zero_points, laid out for the operator that reads them:
 
     rows       MatMulNBits         codes u8[N, groups, bytes]    scales float[N, groups]    zero points u8[N, bytes]
     columns    DequantizeLinear    codes intb[K, N]              scales float[groups, N]    zero points intb[groups, N]
+    signed     DequantizeLinear    codes int4[N, K]              scales float[N, groups]
     channels   DequantizeLinear    codes int8 or FP8 [K, N]      scales float[N]
 
-N outputs, K inputs; intb is uintb with zero points and signed without. Columns of less than 8 bits are filled up with
-zeros to whole bytes. Matrices with the same inputs may be one, their outputs under each other: layers.0.q+k+v.weight;
-experts are told apart by their number: layers.0.expert_gate[3]+expert_up[3].weight.
+N outputs, K inputs; intb is uintb with zero points and signed without. Signed rows are those of graphs for TensorRT.
+Columns of less than 8 bits are filled up with zeros to whole bytes. Matrices with the same inputs may be one, their
+outputs under each other: layers.0.q+k+v.weight; experts are told apart by their number:
+layers.0.expert_gate[3]+expert_up[3].weight.
 
 A table whose rows are looked up is the same bytes under another name, so that it and a tied head are stored once:
 

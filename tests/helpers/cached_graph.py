@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 
 FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-# Products of 4 and 8 bits in float32, and no others in their place than the graph's own.
-EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
-UNFUSED = {"session.disable_quant_qdq": "1"}
+UNFUSED = {"session.disable_quant_qdq": "1"}  # the graph's own products, where inputs are of 8 bits
 
 
 class CachedGraph:
     """capacity: of the cache, where the graph leaves it open. entries: of onnxruntime's session."""
 
-    def __init__(self, graph: Path, capacity: int = 96, batch: int = 1, entries: Mapping[str, str] = EXACT) -> None:
+    def __init__(
+        self, graph: Path, capacity: int = 96, batch: int = 1, entries: Mapping[str, str] | None = None
+    ) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
-        for key, value in entries.items():
+        for key, value in (entries or {}).items():
             options.add_session_config_entry(key, value)
         self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         self._outputs = [one.name for one in self._session.get_outputs()]
