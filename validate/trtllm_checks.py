@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmx.formats.onnx_groups import GroupLayout
-from llmx.formats.trtllm import HF, RANKS
+from llmx.formats.trtllm import CACHE_SCALE, HF, RANKS
 from llmx.models.model import Model
 from llmx.validate.folder_text import TOKENIZERS, has_tokenizer
 from llmx.validate.report import Check, at_most, named
@@ -183,14 +183,24 @@ def _cache(artifact: TrtllmArtifact) -> Iterator[str]:
         return
     if kind not in LARGEST_CACHE:
         yield f"{kind!r} is a kind of cache that this llmx does not know"
-    if artifact.folder.layout != HF:
-        return
-    keys = [name for name in artifact.opened if name.endswith("k_proj.weight")]
-    wanted = {f"{name.removesuffix('k_proj.weight')}{part}_proj.{part}_scale" for name in keys for part in "kv"}
+    wanted = WANTED_SCALES[artifact.folder.layout](artifact)
     for name in sorted(wanted - steps.keys()):
         yield f"{name} is missing"
     for name in sorted(steps.keys() - wanted) if wanted else ():
         yield f"{name} is of no layer"
+
+
+def _of_keys_and_values(artifact: TrtllmArtifact) -> set[str]:
+    keys = [name for name in artifact.opened if name.endswith("k_proj.weight")]
+    return {f"{name.removesuffix('k_proj.weight')}{part}_proj.{part}_scale" for name in keys for part in "kv"}
+
+
+def _of_ranks(artifact: TrtllmArtifact) -> set[str]:
+    products = [name for name in artifact.opened if name.endswith("attention.qkv.weight")]
+    return {f"{name.removesuffix('qkv.weight')}{CACHE_SCALE}" for name in products}
+
+
+WANTED_SCALES: Mapping[str, Callable[[TrtllmArtifact], set[str]]] = {HF: _of_keys_and_values, RANKS: _of_ranks}
 
 
 def differences(artifact: TrtllmArtifact, model: Model) -> list[str] | str:

@@ -84,6 +84,18 @@ def cache_scales(folder: Folder) -> dict[str, float]:
     return found
 
 
+def steps(artifact: TrtllmArtifact, layers: int) -> dict[int, float]:
+    """Layer -> the scale of its cache, the largest of all places'; layers without one are left out."""
+    tp, pp = artifact.folder.parallel
+    found = {}
+    for layer in range(layers):
+        stage, local = _place(layer, layers, pp)
+        names = [f"rank{stage * tp + at}.transformer.layers.{local}.attention.{CACHE_SCALE}" for at in range(tp)]
+        if all(name in artifact.cache for name in names):
+            found[layer] = max(artifact.cache[name] for name in names)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """How the ranks' tensors of one name make a canonical one.

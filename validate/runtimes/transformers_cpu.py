@@ -71,9 +71,9 @@ class TransformersSession:
         self._folder, self._threads, self._context = artifact.folder.path, threads, context
         self._batch = min(batch or context, context)
         with quiet(), TemporaryDirectory(prefix="llmx-floats-") as floats:
-            trtllm_model.write_floats(artifact, Path(floats))
+            source = trtllm_model.write_floats(artifact, Path(floats))
             self._model: Any = trtllm_model.load(Path(floats), self._folder)
-        self._run = trtllm_model.Rounded.of(artifact, self._model, exact=exact)
+        self._run = trtllm_model.Rounded.of(source, self._model, exact=exact)
         self._text_reader: FolderText | None = None
         self._tokens: list[int] = []
         self._cache: Any = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,14 @@ import torch
 from llmx.errors import IntegrityError, UnsupportedError
 from llmx.exporters.encoding import encoding
 from llmx.formats.safetensors import write_safetensors
+from llmx.formats.trtllm import HF, KEY_SCALE, MODEL_NAME, RANKS, VALUE_SCALE
 from llmx.validate.runtimes.emulation import Inputs, RoundedCache, rounded
 from llmx.validate.trtllm_artifact import TrtllmArtifact
 from llmx.validate.trtllm_folder import INLINE
+from llmx.validate.trtllm_kind import KIND
+from llmx.validate.trtllm_opening import mapped
+from llmx.validate.trtllm_rank_model import as_transformers
+from llmx.validate.trtllm_ranks import steps as rank_steps
 from llmx.validate.trtllm_weights import Held
 
 DECODED_WEIGHTS = 1 << 21  # at a time
@@ -47,12 +52,65 @@ FUSED: Mapping[str, str] = {
 LAYER = re.compile(r"\.(\d+)\.")
 
 
-def write_floats(artifact: TrtllmArtifact, folder: Path) -> None:
-    """Writes a checkpoint folder with the artifact's configuration and its weights decoded, under their own names."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a transformers model is made of. modules: the name of its linear layers -> what holds their weights.
+
+    steps: layer -> the scales of its cached keys and values; only of layers that have both.
+    """
+
+    artifact: TrtllmArtifact
+    modules: tuple[tuple[str, Held], ...]
+    steps: Mapping[int, tuple[float, float]]
+
+
+def write_floats(artifact: TrtllmArtifact, folder: Path) -> Source:
+    """Writes a checkpoint folder of transformers with the artifact's configuration and its weights decoded.
+
+    Raises: UnsupportedError, IntegrityError where its configuration makes no model.
+    """
+    return WRITERS[artifact.folder.layout](artifact, folder)
+
+
+def _write_hf(artifact: TrtllmArtifact, folder: Path) -> Source:
+    """The tensors under their own names, and the configuration without what tells of their types."""
     config = {key: value for key, value in artifact.folder.config.items() if key not in NOT_FLOATS}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = ((name, "F32", held.shape, _decoded(held)) for name, held in artifact.opened.items())
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_safetensors(folder / MODEL_NAME, tensors, {"format": "pt"})
+    modules = tuple((name.removesuffix(".weight"), held) for name, held in artifact.opened.items())
+    named = {name.rpartition(".")[2]: {} for name in artifact.cache}
+    for name, step in artifact.cache.items():
+        if (layer := LAYER.search(name)) is not None:
+            named[name.rpartition(".")[2]][int(layer[1])] = step
+    keys, values = (named.get(part, {}) for part in (KEY_SCALE, VALUE_SCALE))
+    return Source(artifact, modules, {layer: (keys[layer], values[layer]) for layer in keys.keys() & values.keys()})
+
+
+def _write_ranks(artifact: TrtllmArtifact, folder: Path) -> Source:
+    """The ranks put together under the names of the model that their configuration describes."""
+    model = as_transformers(artifact.folder, folder)
+    whole = mapped(artifact, model.architecture)
+    entries = KIND.entries(whole, model, model.architecture.vocab)
+    restored = KIND.restored(whole, model, entries)
+    shapes = model.checkpoint.tensors
+    tensors = ((name, "F32", shapes[name].shape, _bytes(read)) for name, read in restored.items())
+    write_safetensors(folder / MODEL_NAME, tensors, {"format": "pt"})
+    specs = {spec.name: spec for spec in model.architecture.tensors}
+    modules = tuple(
+        (specs[name].source.names[0].removesuffix(".weight"), replace(held, inputs=None))  # decoded with them
+        for name, held in whole.tensors.items()
+        if name in specs
+    )
+    steps = rank_steps(artifact, model.architecture.layers)
+    return Source(artifact, modules, {layer: (step, step) for layer, step in steps.items()})
+
+
+WRITERS: Mapping[str, Callable[[TrtllmArtifact, Path], Source]] = {HF: _write_hf, RANKS: _write_ranks}
+
+
+def _bytes(read: Callable[[], np.ndarray]) -> Iterator[memoryview]:
+    yield np.ascontiguousarray(read(), "<f4").reshape(-1).view(np.uint8).data
 
 
 def _decoded(held: Held) -> Iterator[memoryview]:
@@ -103,18 +161,21 @@ class Rounded:
     told: str
 
     @classmethod
-    def of(cls, artifact: TrtllmArtifact, model: Any, *, exact: bool) -> Rounded:
+    def of(cls, source: Source, model: Any, *, exact: bool) -> Rounded:
         """exact: inputs are multiplied, where they are, and nothing is rounded.
 
         Raises: UnsupportedError for an algorithm that is not known; IntegrityError for a scale that is not there.
         """
-        quantization = artifact.folder.quantization
+        artifact, quantization = source.artifact, source.artifact.folder.quantization
         algorithm, kind = quantization.algorithm, None if exact else quantization.cache
         if algorithm not in INPUT_KINDS or (quantization.cache or "FP8") not in CACHES:
             told = algorithm if algorithm not in INPUT_KINDS else quantization.cache
             raise UnsupportedError(f"nothing here emulates {told}", where=artifact.folder.path)
-        inputs = tuple(_inputs(artifact, model, None if exact else INPUT_KINDS[algorithm]))
-        steps = {} if kind is None else _steps(artifact, int(model.config.num_hidden_layers))
+        inputs = tuple(_inputs(source, model, None if exact else INPUT_KINDS[algorithm]))
+        steps = source.steps
+        if kind is not None and (missing := set(range(int(model.config.num_hidden_layers))) - steps.keys()):
+            problems = [f"layer {layer}" for layer in sorted(missing)]
+            raise IntegrityError("scales of the cache are missing", where=artifact.folder.path, problems=problems)
         cache = "" if quantization.cache is None else f", {quantization.cache} cache"
         return cls(inputs, kind, steps, f"{algorithm or 'floats'}{cache}")
 
@@ -131,17 +192,18 @@ class Rounded:
         return rounded(self.inputs)
 
 
-def _inputs(artifact: TrtllmArtifact, model: Any, kind: str | None) -> Iterator[tuple[torch.Tensor, Inputs]]:
+def _inputs(source: Source, model: Any, kind: str | None) -> Iterator[tuple[torch.Tensor, Inputs]]:
     """Every matrix whose inputs change, once."""
-    by_token = BY_TOKEN in (artifact.folder.quantization.algorithm or "")
+    folder = source.artifact.folder
+    by_token = BY_TOKEN in (folder.quantization.algorithm or "")
     fused: dict[int, tuple[torch.Tensor, list[Held]]] = {}
-    for name, held in artifact.opened.items():
+    for name, held in source.modules:
         rounds = kind is not None and held.parts.scale is not None
         if not rounds and held.inputs is None:
             continue
         if rounds and not by_token and held.parts.step is None:
-            raise IntegrityError(f"{name} has no scale for its inputs", where=artifact.folder.path)
-        matrix = _matrix(model, name.removesuffix(".weight"))
+            raise IntegrityError(f"{name} has no scale for its inputs", where=folder.path)
+        matrix = _matrix(model, name)
         fused.setdefault(matrix.data_ptr(), (matrix, []))[1].append(held)
     for matrix, held in fused.values():
         yield matrix, _of_all(held, kind, by_token=by_token)
@@ -162,6 +224,8 @@ def _matrix(model: Any, module: str) -> torch.Tensor:
     """The parameter that holds a module's weight. Raises: UnsupportedError where the model has none of that name."""
     with contextlib.suppress(AttributeError):
         return model.get_submodule(module).weight
+    with contextlib.suppress(AttributeError):
+        return model.get_parameter(module)
     expert = EXPERT.fullmatch(module)
     if expert is not None and (layer := LAYER.search(module)) is not None:
         wanted = FUSED[expert["part"]]
@@ -169,15 +233,3 @@ def _matrix(model: Any, module: str) -> torch.Tensor:
             if f".{layer[1]}." in name and name.endswith(f".experts.{wanted}"):
                 return parameter
     raise UnsupportedError(f"transformers' model has no matrix of the name {module}")
-
-
-def _steps(artifact: TrtllmArtifact, layers: int) -> dict[int, tuple[float, float]]:
-    """Layer -> the scales of its keys and values. Raises: IntegrityError naming those that are not there."""
-    found: dict[tuple[int, str], float] = {}
-    for name, step in artifact.cache.items():
-        if (layer := LAYER.search(name)) is not None:
-            found[int(layer[1]), name.rpartition(".")[2]] = step
-    wanted = [(layer, part) for layer in range(layers) for part in ("k_scale", "v_scale")]
-    if missing := [f"layer {layer}: {part}" for layer, part in wanted if (layer, part) not in found]:
-        raise IntegrityError("scales of the cache are missing", where=artifact.folder.path, problems=missing)
-    return {layer: (found[layer, "k_scale"], found[layer, "v_scale"]) for layer in range(layers)}
