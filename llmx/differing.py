@@ -141,7 +141,7 @@ def diff(first: Path, second: Path) -> Differences:
     GGUF files, split sets (by any of their files), ONNX graphs or their folders.
 
     Raises: UsageError where one is not there, IntegrityError where one is broken, UnsupportedError for a checkpoint of
-    an architecture that llmx does not know.
+    an architecture that llmx does not know, and for a TensorRT engine.
     """
     a, b = _opened(first, second)
     changes = list(_changes(a.metadata, b.metadata))
@@ -163,6 +163,9 @@ def _opened(first: Path, second: Path) -> tuple[_Side, _Side]:
 
     kinds = [None if _is_checkpoint(path) else find_kind(path) for path in (first, second)]
     names = {kind.name for kind in kinds if kind is not None}
+    if "tensorrt" in names:
+        what = "an engine's weights cannot be read back"
+        raise UnsupportedError(what, fix="see what engines compute with `llmx compare`")
     if len(names) > 1:
         what = "a GGUF file and an ONNX graph name and lay out their tensors otherwise"
         raise UsageError(what, fix="see what both lost with `llmx compare`")
@@ -176,7 +179,12 @@ def _opened(first: Path, second: Path) -> tuple[_Side, _Side]:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return path.is_dir() and (path / "config.json").is_file()
+    """Whether a folder is one; those of TensorRT have a config.json of their own."""
+    from llmx.validate.kinds import kind_named
+
+    if not path.is_dir() or not (path / "config.json").is_file():
+        return False
+    return not any(kind_named(name).recognises(path) for name in ("tensorrt", "trtllm"))
 
 
 def _beside_checkpoint(first: Path, second: Path, kinds: Sequence[ArtifactKind | None]) -> tuple[_Side, _Side]:

@@ -41,9 +41,9 @@ def test_the_sample_text_is_long_enough_for_a_large_vocabulary_and_has_many_scri
 
 
 def test_every_type_has_both_limits():
-    groups = {name for name in RMS_LIMITS if name.startswith("int")}
+    groups = {name for name in RMS_LIMITS if name.startswith(("int", "fp8"))}
     assert set(RMS_LIMITS) - groups == set(DEFAULTS["gguf"])
-    assert {name.partition("-")[0] for name in groups} <= set(DEFAULTS["onnx"])
+    assert {name.partition("-")[0] for name in groups} <= DEFAULTS["onnx"].keys() | DEFAULTS["tensorrt"].keys()
 
 
 def test_whole_numbers_in_groups_have_the_limit_of_their_bits_and_groups():

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmx.errors import CheckFailed, IntegrityError, RuntimeMissing, UsageError
+from llmx.differing import diff
+from llmx.errors import CheckFailed, IntegrityError, RuntimeMissing, UnsupportedError, UsageError
 from llmx.formats.tensorrt import ENGINE_NAME
 from llmx.interpreter import TENSORRT_PYTHON
 from llmx.models.model import open_model
@@ -215,6 +216,12 @@ def test_the_words_of_a_dying_worker_reach_the_user(session: TensorRtSession) ->
     os.kill(session._worker.process_id, signal.SIGABRT)
     with pytest.raises(CheckFailed, match=r"TensorRT died while it was asked to 'extend' .signal SIGABRT"):
         session.extend(TOKENS)
+
+
+def test_the_tensors_of_engines_cannot_be_compared(engine: Path) -> None:
+    for other in (engine, cases.EXAMPLE):
+        with pytest.raises(UnsupportedError, match="cannot be read back"):
+            diff(engine, other)
 
 
 def test_limits_follow_the_types_that_config_names(engine: Path) -> None:
