@@ -33,6 +33,7 @@ from llmx.quant.inputs import batches  # noqa: E402
 from llmx.quant.workers import workers  # noqa: E402
 
 CAPACITY = 96
+ENTRIES = {"W8A16": {"session.qdq_matmulnbits_accuracy_level": "1"}}  # else onnxruntime rounds the inputs, too
 MAX_KL = 1e-9
 MAX_KL_F16 = 1e-5
 MAX_KL_8_BITS = 2e-3  # in half precision: an input on the edge of two codes falls to either side
@@ -244,7 +245,9 @@ def test_a_graph_of_few_bits_computes_what_its_codes_stand_for(name: str, mix: s
     for dialect in dialects:
         for type_name, limit in (("F32", MAX_KL), ("F16", MAX_KL_8_BITS if scales else MAX_KL_F16)):
             _, graph = export(model, tmp_path / "onnx", dialect, type_name, types=types, scales=scales)
-            ours = CachedGraph(graph, CAPACITY, entries=UNFUSED if scales else {}).logits(tokens, (20, 39))
+            ours = CachedGraph(graph, CAPACITY, entries=UNFUSED if scales else ENTRIES.get(mix)).logits(
+                tokens, (20, 39)
+            )
             print(f"KL {mix} {name} | {dialect} {type_name} | {kl(theirs, ours):.1e}")
             assert kl(theirs, ours) < limit
 
