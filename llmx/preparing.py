@@ -45,7 +45,7 @@ FORMAT_OPTIONS = {
 }
 
 
-SPARSE_TYPE = "F16"  # of a sparse export that names none: pruning alone
+SPARSE_TYPE, NONE = "F16", "none"  # the type of a sparse export that names none: pruning alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ def _default_type(request: ExportRequest, target: Format) -> str:
     """What an export that names no type makes. Raises: UsageError for a GGUF file and a format that cannot keep it."""
     from llmx.exporters.gguf_model import is_gguf
 
-    if request.sparsity is not None:
+    if request.sparsity not in (None, NONE):
         return SPARSE_TYPE
     if not is_gguf(request.model):
         return target.default_type()
