@@ -28,4 +28,5 @@ ONNX_HALF_TABLES = Floor(
 )
 ONNX = Floor(1e-6, 1e-3, "float32 rounding; measured on onnxruntime: KL 3e-13 to 2e-12, logits 5e-6 to 4e-5")
 SAME_LIBRARY = Floor(1e-6, 1e-3, "float32 rounding; transformers on both sides, positions cut otherwise")
+TENSORRT = Floor(1e-6, 1e-2, "float32 rounding, sums in the order of the GPU's kernels; engines take no TF32")
 GGUF_FLOORS: Mapping[str, Floor] = {"silu": EXACT, "gelu": GELU_TABLE, "gelu_tanh": GELU_TABLE}

@@ -29,14 +29,13 @@ from llmx.formats.tensorrt import (
 from llmx.models.architecture import Architecture
 from llmx.models.model import Model
 from llmx.validate.case import Case
-from llmx.validate.floors import EXACT, Floor
+from llmx.validate.floors import TENSORRT, Floor
 from llmx.validate.folder_text import has_tokenizer, template_of
 from llmx.validate.kinds import sizes
 from llmx.validate.report import Check, at_most
-from llmx.validate.runtimes.tensorrt import NO_TEXT, check_size, located
+from llmx.validate.runtimes.tensorrt import NO_TEXT, check_size, inexact, located
 
 UNREADABLE = "an engine's weights cannot be read back; quality and speed judge what they compute"
-NO_EXACT_RUN = "an engine computes in the types that it was built with"
 BUILT_ALIKE = ("vocab_size", "layers", "kv_heads", "head_dim", "context_length")
 
 
@@ -181,16 +180,16 @@ class TensorRtKind:
         return {None: 4 * file.weights}
 
     def is_its_own_twin(self, file: EngineArtifact) -> bool:
-        return False
+        return not inexact(file.config)
 
     def write_twin(self, file: EngineArtifact, folder: Path, layers: int | None) -> Path:
-        _unreadable()
+        return file.paths[0]  # only what is its own twin is asked
 
     def no_exact_run(self, file: EngineArtifact) -> str | None:
-        return NO_EXACT_RUN
+        return inexact(file.config)
 
     def floor(self, file: EngineArtifact, architecture: Architecture) -> Floor:
-        return EXACT
+        return TENSORRT
 
     def no_text(self, file: EngineArtifact) -> str | None:
         return None if has_tokenizer(file.folder) else NO_TEXT

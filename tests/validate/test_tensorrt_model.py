@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmx.errors import CheckFailed, IntegrityError, RuntimeMissing, UsageError
+from llmx.errors import CheckFailed, IntegrityError, ResourceError, RuntimeMissing, UsageError
 from llmx.validate.runtimes.tensorrt_engine import check_capability, library
 from llmx.validate.runtimes.tensorrt_model import IN_PLACE, TWO_BUFFERS, LoadedEngine
 
@@ -157,3 +157,12 @@ def test_an_engine_of_another_version_or_gpu_is_a_missing_runtime(monkeypatch: p
     check_capability([9, 0], (9, 0), "a GPU")
     with pytest.raises(RuntimeMissing, match=r"compute capability 8\.0; a GPU has 9\.0"):
         check_capability([8, 0], (9, 0), "a GPU")
+
+
+def test_a_gpu_without_room_for_what_lies_in_between_is_said_to_be_full(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(graph, tmp_path)
+    monkeypatch.setattr(double.Engine, "create_execution_context", lambda engine: None)
+    with pytest.raises(ResourceError, match="no room for what the engine computes"):
+        model.extend(TOKENS[:4], 0)

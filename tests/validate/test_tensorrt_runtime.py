@@ -86,6 +86,16 @@ def test_every_check_that_an_engine_allows_passes_over_the_stand_in(engine: Path
     assert report.facts["artifact"]["name"] == ENGINE_NAME  # type: ignore[index]
 
 
+def test_an_engine_in_float32_is_its_own_twin(stand_in: None, tmp_path: Path) -> None:
+    engine = cases.engine_folder(tmp_path, "F32")
+    report = validate(engine, cases.EXAMPLE, settings=Settings(positions=64, chunk=64))
+    figures = {check.name: check for check in report.checks}
+    assert report.passed and figures["bytes.tensors"].status == "not applicable"
+    for name in ("conversion.kl", "conversion.logits", "conversion.decode", "floor.exact"):
+        assert figures[name].status == "passed", name
+    assert float(figures["conversion.kl"].value or 0) < 1e-9
+
+
 def test_two_engines_are_judged_against_each_other_without_a_checkpoint(engine: Path, stand_in: None) -> None:
     report = validate(engine, None, against=engine, settings=Settings(positions=64, chunk=64))
     assert report.passed and statuses(report)["against.kl"] == "passed"
@@ -135,7 +145,7 @@ def test_asking_for_another_sequence_ends_the_first(session: TensorRtSession) ->
 
 
 def test_what_no_engine_has_is_refused(engine: Path, stand_in: None) -> None:
-    with pytest.raises(UsageError, match="types that it was built with"):
+    with pytest.raises(UsageError, match="built to compute in F16"):
         TensorRt().open(engine, threads=1, context=8, exact=True)
     with pytest.raises(UsageError, match="up to 512 tokens; 513 were asked for"):
         TensorRt().open(engine, threads=1, context=513)

@@ -31,6 +31,7 @@ from llmx.validate.runtimes.worker_process import (
 WORKER = "llmx.validate.runtimes.tensorrt_worker"
 LABEL = "TensorRT"
 PROBE_SECONDS = 120.0
+EXACT_TYPE = "F32"
 NO_TEXT = f"the engine's folder has no {' and no '.join(TOKENIZERS)}, so nothing in it reads text"
 
 
@@ -54,17 +55,16 @@ class TensorRt:
     ) -> TensorRtSession:
         """Load the engine of a folder and return the session. artifact: the folder, or its engine.
 
-        exact: an engine has no such run. batch: positions run at once at most; None takes as many as the
-        engine does, up to 512. threads: there is no use of them.
+        exact: only an engine in float32 has such a run, and it has no other. batch: positions run at once at most; None
+        takes as many as the engine does, up to 512. threads: there is no use of them.
         Raises RuntimeMissing, also for an engine of another version of TensorRT or another kind of GPU; UsageError,
         also for a context beyond what the engine was built for; IntegrityError for a broken folder or with TensorRT's
         own words, also where it dies.
         """
         check_sizes(threads, context, batch)
         folder, config = located(artifact), read_config(located(artifact))
-        if exact:
-            what = "an engine computes in the types that it was built with"
-            raise UsageError(what, where=folder, fix="ask for a session that is not exact")
+        if exact and (reason := inexact(config)) is not None:
+            raise UsageError(reason, where=folder, fix="ask for a session that is not exact")
         if context > config.max_length:
             what = f"the engine was built for sequences of up to {config.max_length} tokens; {context} were asked for"
             raise UsageError(what, where=folder, fix="ask for fewer, or build it with a larger --max-length")
@@ -160,6 +160,12 @@ class TensorRtSession:
         if not has_tokenizer(self._folder):
             raise RuntimeMissing(NO_TEXT, where=self._folder)
         return FolderText(self._folder)
+
+
+def inexact(config: EngineConfig) -> str | None:
+    """Return why an engine does not compute in float32, or None: it has no other way than that it was built for."""
+    others = sorted({kept for kept in (config.floats, *config.encodings.values()) if kept != EXACT_TYPE})
+    return f"the engine was built to compute in {', '.join(others)}" if others else None
 
 
 def located(artifact: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llmx.errors import CheckFailed, UsageError
+from llmx.errors import CheckFailed, ResourceError, UsageError
 from llmx.validate.runtimes.memory import peak_rss_bytes
 from llmx.validate.runtimes.tensorrt_decoding import DeviceDecoder
 from llmx.validate.runtimes.tensorrt_engine import (
@@ -190,7 +190,9 @@ class LoadedEngine:
         bounds = min(fitting, key=lambda one: one.positions[1])
         if bounds.number not in self._lanes:
             context = self.engine.handle.create_execution_context()
-            self._must(context, "an execution context: the GPU's memory may be full")
+            if context is None:  # it is refused for nothing else
+                what = "the GPU's memory has no room for what the engine computes in between"
+                raise ResourceError(what, where=self._path, problems=self.engine.log.lines)
             if len(self.engine.profiles) > 1:
                 self._must(
                     context.set_optimization_profile_async(bounds.number, self.device.stream),
