@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from fault_table import CHECK_FAILED, FAULTS, INTEGRITY, SUBJECTS, Fault, checkpoint_for
+from faults_page import documented, of_table
 
 from llmx import api
 from llmx.errors import LlmxError
@@ -21,8 +21,6 @@ from llmx.validate.runtimes import Runtime, llamacpp
 from llmx.validate.runtimes.worker_process import WorkerProcess
 from llmx.validate.suite import validate
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTED = ROOT / "docs" / "faults.md"
 SETTINGS = Settings(positions=64, chunk=64, threads=1)
 Sound = Callable[[str], tuple[Path, Path]]
 
@@ -218,16 +216,6 @@ def test_the_process_ends_with_6_for_a_broken_file(name, damaged, sound):
 # docs/faults.md.
 
 
-def documented() -> dict[str, tuple[set[str], int]]:
-    """The page's rows: fault -> (checks, exit code)."""
-    cells = [row.strip("|").split("|") for row in DOCUMENTED.read_text().splitlines() if row.startswith("| ")]
-    return {
-        name.strip(): (set(re.findall(r"`([^`]+)`", by)), int(code))
-        for name, by, code in cells
-        if code.strip().isdigit()
-    }
-
-
 def test_the_page_about_faults_is_the_table() -> None:
-    expected = {fault.name: (set(fault.caught_by), fault.exit_code) for fault in FAULTS}
-    assert documented() == {**expected, **{name: (set(), INTEGRITY) for name in DAMAGES}}
+    broken = dict.fromkeys(DAMAGES, (frozenset(), INTEGRITY))
+    assert documented() == {**of_table(FAULTS), **broken}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fault_table import SUBJECTS as MODELS
 from fault_table import checkpoint_for
+from faults_page import documented, of_table
 from onnx_faults import CHECK_FAILED, FAULTS, SUBJECTS, OnnxFault
 
 from llmx.errors import LlmxError
@@ -78,9 +79,10 @@ def judged(folder: Path, model: Path) -> tuple[int, dict[str, str]]:
     return report.exit_code, {check.name: check.detail for check in (*report.failed, *report.missing)}
 
 
-def test_the_table_has_every_name_once() -> None:
+def test_the_table_has_every_name_once_and_the_page_has_it() -> None:
     names = [fault.name for fault in FAULTS]
     assert len(names) == len(set(names)) >= 30
+    assert documented("ONNX folders") == of_table(FAULTS)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
