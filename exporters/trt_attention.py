@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from llmx.exporters.trt_run import EngineRun
@@ -18,6 +17,7 @@ from llmx.formats.onnx import PARTS
 from llmx.models.architecture import Rope
 
 F32 = ir.DataType.FLOAT
+MASKED = -6e4  # a score of nothing: far below every score, and still a number in half precision, where builders try it
 
 
 def turn(run: EngineRun, x: ir.Value, rope: Rope) -> ir.Value:
@@ -74,7 +74,7 @@ def attend_plainly(
     scores = graph.node("MatMul", wide(run, q), wide(run, keys))
     if grouped:
         scores = graph.node("Reshape", scores, run.shape(run.batch, a.heads, run.new, run.length))
-    nothing = graph.constant(np.finfo(np.float32).min / 2, "float32")
+    nothing = graph.constant(MASKED, "float32")
     shares = graph.floats(graph.node("Softmax", graph.node("Where", run.seen(window), scores, nothing), axis=-1))
     if grouped:
         shares = graph.node("Reshape", shares, run.shape(run.batch, a.kv_heads, -1, run.length))

@@ -4,6 +4,7 @@
     token t of a run is position start + t and sees keys j ≤ start + t, inside its window
 
 Prompts of other lengths are padded on the right: what a pad writes lies where the next run writes, and nothing sees it.
+Only a rope that depends on the length takes pads for positions: such prompts are run one by one.
 """
 
 from __future__ import annotations
