@@ -17,6 +17,7 @@ from llmx.exporters.encoding import ENCODINGS
 from llmx.exporters.gguf_metadata import SOLVER_KEY
 from llmx.exporters.plan import Plan, PlannedFile, Step
 from llmx.exporters.shared_scales import SharedScales
+from llmx.exporters.sparsity import SPARSITY_KEY
 from llmx.exporters.trtllm_config import hf_config, hf_quant_config, layout_notes, quantization, rank_config
 from llmx.exporters.trtllm_hf import hf_contents
 from llmx.exporters.trtllm_ranks import ALONE, Mesh, check_mesh, rank_contents, widths
@@ -67,6 +68,7 @@ class TrtllmOptions:
     cache_scales: Mapping[str, float] = field(default_factory=dict)
     effort: Effort = "balanced"
     solver: str | None = None
+    sparsity: str | None = None  # what stands under SPARSITY_KEY
     threads: int = 1
 
 
@@ -168,6 +170,8 @@ def _placed(contents: Contents, options: TrtllmOptions) -> tuple[Placement, ...]
     about = {"format": "pt", TYPE_KEY: options.mix.name}
     if options.solver is not None:
         about[SOLVER_KEY] = options.solver
+    if options.sparsity is not None:
+        about[SPARSITY_KEY] = options.sparsity
     files = max(one.file for one in contents.tensors) + 1
     of_file = [[one for one in contents.tensors if one.file == file] for file in range(files)]
     return tuple(place(((one.name, one.dtype, one.shape) for one in tensors), about) for tensors in of_file)

@@ -126,6 +126,7 @@ class TrtllmDraft:
             cache_scales=_unit_caches(model) if self.cache is not None else {},
             effort=decided.recipe.effort,
             solver=decided.solver,
+            sparsity=None if decided.sparsity is None else decided.sparsity.to_text(),
             threads=threads,
         )
         return TrtllmTarget(prepare(model, options))
