@@ -171,7 +171,7 @@ _KEYS: dict[str, tuple[Callable[[object], bool], str]] = {
     "options.budget": (_budget, "null, or bytes or bits_per_weight"),
     "options.builder": (lambda value: value is _ABSENT or isinstance(value, str), "the name of a builder"),
     **dict.fromkeys(
-        ("options.max_batch", "options.max_input", "options.max_length"),
+        ("options.max_batch", "options.max_input", "options.max_length", "options.profiles"),
         (lambda value: value is _ABSENT or _count(value), "a whole number"),
     ),
     **dict.fromkeys(

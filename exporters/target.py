@@ -59,6 +59,7 @@ class Asked:
     timing_cache: Path | None = None
     refit: bool | None = None
     portable: bool | None = None
+    profiles: int | None = None
     optimization_level: int | None = None
 
 

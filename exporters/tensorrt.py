@@ -57,6 +57,8 @@ MAX_BATCH, MAX_INPUT, MAX_LENGTH = 1, 1024, 4096
 ENGINE_SHARE, ENGINE_PER_LAYER, ENGINE_PER_EXPERT = 1.03, 3 << 18, 3 << 18
 CONFIG_BYTES, REPORT_BYTES = 4096, 4096
 GRAPH_FOLDER = ".graph"
+# How many -> for what kernels are chosen. An engine of TensorRT 8 has its weights once for each.
+PROFILES: Mapping[int, tuple[str, ...]] = {1: ("all",), 2: ("prefill", "decode")}
 TWO_OF_FOUR = "2:4"  # the one pattern that GPUs have products for
 MEMORY_PER_ENGINE_BYTE, BUILDER_MEMORY = 4, 512 << 20  # of TensorRT-RTX, measured
 
@@ -69,29 +71,31 @@ class EngineLimits:
     input: int
     length: int
 
-    def profiles(self, *, fixed: bool, one: bool) -> tuple[Profile, ...]:
-        """One for prompts and one for single tokens: kernels are chosen for the best sizes of either. one: for both.
+    def profiles(self, kinds: Sequence[str]) -> tuple[Profile, ...]:
+        """Bounds of the open sizes, and those that kernels are chosen for. kinds: PROFILES[count].
 
-        fixed: the cache has this one capacity, as it has where it is written in place.
+        The cache has one capacity, the largest: written in place it cannot have others, and TensorRT 8 dies of them.
         """
-        half = -(-self.length // 2)
-        capacity = (self.length, self.length, self.length) if fixed else (1, half, self.length)
-        batch = (1, 1, self.batch)
-        # A profile's best sizes must fit each other, too: a cache holds what is written into it.
-        best = min(-(-self.input // 2), capacity[1])
-        prefill, decode = ((1, best, self.input), (1, 1, 1))
-        if one:
-            return (Profile("all", batch, prefill, capacity),)
-        return (Profile("prefill", batch, prefill, capacity), Profile("decode", batch, decode, capacity))
+        batch, capacity = (1, 1, self.batch), (self.length, self.length, self.length)
+        positions = {
+            "prefill": (1, -(-self.input // 2), self.input),
+            "decode": (1, 1, 1),
+            "all": (1, 1, self.input),
+        }
+        return tuple(Profile(kind, batch, positions[kind], capacity) for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the user chose of the build; see Request. sparsity: of the weights; kernels may use it where it is 2:4."""
+    """What the user chose of the build; see Request. profiles: one of PROFILES.
+
+    sparsity: of the weights; kernels may use it where it is 2:4.
+    """
 
     limits: EngineLimits
     refit: bool = False
     portable: bool = False
+    profiles: tuple[str, ...] = PROFILES[1]
     level: int | None = None
     timing_cache: Path | None = None
     sparsity: Sparsity | None = None
@@ -116,7 +120,7 @@ class TensorRtExport:
     @property
     def profiles(self) -> tuple[Profile, ...]:
         """Of the engine."""
-        return self.options.limits.profiles(fixed=self.cache == IN_PLACE, one=self.builder.compiles_late)
+        return self.options.limits.profiles(self.options.profiles)
 
 
 def limits(architecture: Architecture, batch: int | None, input_: int | None, length: int | None) -> EngineLimits:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 FOLDER_SUFFIX = "-tensorrt"
 DEFAULT_BITS = 4
 LEVELS = range(6)
+PROFILE_COUNTS = (1, 2)
 SHOWN = 4
 
 
@@ -49,7 +50,7 @@ class TensorRtFormat:
     takes = frozenset(
         {
             "builder", "max_batch", "max_input", "max_length", "timing_cache", "refit", "portable",
-            "optimization_level",
+            "optimization_level", "profiles",
         }
     )  # fmt: skip
     is_folder = True
@@ -109,6 +110,8 @@ def check_asked(mix: TensorRtMix, asked: Asked, found: Installed, builder: Build
         raise UsageError("the folder of the timing cache is not there", where=asked.timing_cache)
     if asked.optimization_level is not None and asked.optimization_level not in LEVELS:
         raise UsageError(f"--optimization-level is one of {', '.join(map(str, LEVELS))}")
+    if asked.profiles is not None and asked.profiles not in PROFILE_COUNTS:
+        raise UsageError("--profiles is 1, for all lengths, or 2, for prompts and for single tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +162,7 @@ class TensorRtDraft:
             tensorrt.limits(architecture, asked.max_batch, asked.max_input, asked.max_length),
             refit=bool(asked.refit),
             portable=bool(asked.portable),
+            profiles=tensorrt.PROFILES[asked.profiles or (1 if self.builder.compiles_late else 2)],
             level=asked.optimization_level,
             timing_cache=asked.timing_cache,
             sparsity=decided.sparsity,
@@ -260,5 +264,6 @@ class TensorRtTarget:
             "max_length": options.limits.length,
             "refit": options.refit,
             "portable": options.portable,
+            "profiles": len(options.profiles),
             "optimization_level": options.level,
         }

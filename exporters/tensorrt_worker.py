@@ -108,8 +108,8 @@ class Log:
         self.logger = Logger()
 
     def last(self) -> list[str]:
-        """What explains a failure: the errors, or the newest warnings where there are none."""
-        return self.errors or self.warnings[-3:]
+        """What explains a failure: the errors, and the newest warnings, where reasons may stand."""
+        return [*self.errors, *self.warnings[-5:]]
 
 
 def _monitor(trt: Any, out: TextIO) -> Any:

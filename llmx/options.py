@@ -49,6 +49,9 @@ what = several(
     click.option("--timing-cache", type=FILE, metavar="FILE", help="TensorRT: read and write what kernels took."),
     click.option("--refit", is_flag=True, default=None, help="TensorRT: weights can be exchanged later."),
     click.option("--portable", is_flag=True, default=None, help="TensorRT: for other GPUs too, from Ampere on."),
+    click.option(
+        "--profiles", type=int, metavar="N", help="TensorRT: 1 for all lengths, 2 for prompts and for tokens."
+    ),
     click.option("--optimization-level", type=int, metavar="N", help="TensorRT: 0 to 5. [default: the builder's]"),
     click.option(
         "--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Type of single tensors; repeatable."

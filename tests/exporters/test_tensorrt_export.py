@@ -130,8 +130,17 @@ def test_the_sizes_asked_for_are_those_of_the_engine(checkpoint: Callable[[str],
     config = read_config(tmp_path / "made")
     assert (config.max_batch, config.max_input, config.max_length) == (3, 8, 24)
     [profile] = config.profiles
-    assert (profile.batch, profile.positions, profile.capacity) == ((1, 1, 3), (1, 4, 8), (24, 24, 24))
+    assert (profile.batch, profile.positions, profile.capacity) == ((1, 1, 3), (1, 1, 8), (24, 24, 24))
     assert "3 sequences, 8 positions at once, 24 in all" in " ".join(target.plan.notes)
+
+
+def test_two_profiles_are_one_for_prompts_and_one_for_tokens(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    written(planned(checkpoint("llama"), "F16", max_input=8, max_length=24, profiles=2), tmp_path / "made")
+    config = read_config(tmp_path / "made")
+    assert {profile.name: profile.positions for profile in config.profiles} == {
+        "prefill": (1, 4, 8),
+        "decode": (1, 1, 1),
+    }
 
 
 def test_without_sizes_the_engine_takes_the_models_context(checkpoint: Callable[[str], Path]) -> None:
@@ -154,6 +163,7 @@ def test_a_longer_engine_than_the_models_context_is_told_and_refused_where_posit
         ({"max_input": 65}, "--max-input 65 does not fit a cache of --max-length 64"),
         ({"max_length": -1}, "--max-length is -1"),
         ({"optimization_level": 6}, "--optimization-level is one of 0, 1, 2, 3, 4, 5"),
+        ({"profiles": 3}, "--profiles is 1, for all lengths, or 2"),
         ({"portable": True}, "every engine of tensorrt_rtx .* is portable"),
         ({"timing_cache": Path("timings")}, "times nothing while it builds"),
     ],
