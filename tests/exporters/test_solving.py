@@ -372,7 +372,7 @@ def test_smoothquant_folds_its_scales_before_matrices_are_solved_on_int8(
 
 
 def test_every_method_of_the_table_can_be_solved_with() -> None:
-    assert set(solving.METHODS) == {"rtn", "gptq", "auto"}
+    assert set(solving.METHODS) == {"rtn", "gptq", "auto", "sparsegpt", "wanda", "magnitude"}
     assert all(chosen is None or "rtn" in chosen for chosen in solving.METHODS.values())
     assert all("rtn" in options.methods for options in EFFORTS.values())
     assert GRIDS["Q4_K"].name == "Q4_K"
