@@ -25,7 +25,7 @@ from llmx.validating import missing_runtime
 pytest.importorskip("onnx_ir", reason="the package onnx-ir is not installed: pip install 'llmx[onnx]'")
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: pip install 'llmx[tensorrt-rtx]'")
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 ENGINE = ("--format", "tensorrt", "--builder", "tensorrt_rtx", "--max-input", 32, "--max-length", 64)
 PLAIN = (*ENGINE, "--no-validate", "--threads", 1, "--json")
 FILES = {"rank0.engine", "config.json", "build-report.json", "tokenizer.json", "tokenizer_config.json"}
@@ -166,6 +166,10 @@ def test_an_engine_that_cannot_run_here_is_not_said_to_be_proven(tmp_path: Path,
         (("--format", "tensorrt", "--type", "Q4_K_M"), 2, "choose one of F32, F16, BF16, W4A16, W8A16, FP8, W8A8"),
         (("--format", "tensorrt", "--builder", "tensorrt_9"), 2, "choose one of tensorrt, tensorrt_rtx"),
         (("--format", "tensorrt", "--builder", "tensorrt_rtx", "--refit", "--bits", 16), 7, "leave out --refit"),
+        ((*ENGINE, "--portable", "--bits", 16), 2, "leave out --portable"),
+        ((*ENGINE, "--timing-cache", "timings", "--bits", 16), 2, "leave out --timing-cache"),
+        ((*ENGINE, "--optimization-level", 7, "--bits", 16), 2, "one of 0, 1, 2, 3, 4, 5"),
+        ((*ENGINE, "--profiles", 3, "--bits", 16), 2, "1, for all lengths, or 2"),
         (("--format", "tensorrt", "--dialect", "ort"), 2, "has no use for these options"),
         (("--format", "gguf", "--max-batch", 2), 2, "--max-batch"),
         (("--format", "onnx", "--builder", "tensorrt"), 2, "--builder"),
