@@ -1,6 +1,6 @@
 """Matrix products of a TensorRT graph: float32 goes in and comes out, what is multiplied is of the graph's type.
 
-    floats      x ── Cast ── Gemm(W) ── Cast
+    floats      x ── Cast ── Gemm(W) ── Cast                                                W [out, in]
     4 bits      x ── Cast ── Gemm(DequantizeLinear(codes, scales)) ── Cast                  codes [out, in], in groups
     8 bits      x ── Cast ── MatMul(DequantizeLinear(codes, scales)) ── Cast                codes [in, out], by channel
     8-bit in    x ── QuantizeLinear ── DequantizeLinear ── MatMul(DequantizeLinear(codes, scales)) ── Cast
@@ -30,13 +30,14 @@ ZERO_TYPES: Mapping[Kind, str] = {"int8": "int8", "fp8": "float8_e4m3fn"}  # as 
 class Products:
     """The products of one graph. scales: canonical name -> the static scale of that matrix's inputs.
 
-    attributes: whether DequantizeLinear can be told what type to give (from opset 23 on).
+    strong: whether the builder takes every value in the type it has in the graph, which can then say all types.
     """
 
     graph: GraphRecorder
     scales: Mapping[str, InputScale]
-    attributes: bool
+    strong: bool
     _narrow: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    _wide: dict[ir.Value, ir.Value] = field(default_factory=dict)
     _rounded: dict[tuple[ir.Value, InputScale, str], ir.Value] = field(default_factory=dict)
 
     def narrow(self, x: ir.Value) -> ir.Value:
@@ -55,7 +56,24 @@ class Products:
         """f32[R, out] of f32[R, in] and float[out, in]. wide: multiplied in float32, not in the graph's type."""
         if wide:
             return self.graph.node("Gemm", x, self.wide(matrix), transB=1)
-        return self.wide(self.graph.node("Gemm", self.narrow(x), matrix, transB=1))
+        return self._added_up(self.narrow(x), matrix)
+
+    def _added_up(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
+        """x times the matrix's transpose, both of the graph's type, in float32.
+
+        A strongly typed builder multiplies in half precision and adds up in float32 where it reads just this: casts
+        before and behind. Without them it may add up in half precision.
+        """
+        graph = self.graph
+        if not self.strong or graph.type_name == "F32":
+            return self.wide(graph.node("Gemm", x, matrix, transB=1))
+        product = graph.node("Gemm", self._cast(x), self._cast(matrix), transB=1)
+        return self.wide(graph.floats(product))
+
+    def _cast(self, value: ir.Value) -> ir.Value:
+        if value not in self._wide:
+            self._wide[value] = self.graph.cast(value, F32)
+        return self._wide[value]
 
     def quantized(self, x: ir.Value, parts: Parts, *, wide: bool) -> ir.Value:
         """f32[R, out] of f32[R, in] and a matrix of few bits."""
@@ -65,7 +83,7 @@ class Products:
         if scale is None:
             inputs = x if wide else self.narrow(x)
         else:  # before opset 19 what is dequantized is float32: the builder picks the type of such a product
-            type_name = type_name if self.attributes else "F32"
+            type_name = type_name if self.strong else "F32"
             inputs = self._rounded_to_8_bits(x, scale, name, type_name)
         matrix = self._dequantized(parts, type_name, rounded=scale is not None)
         if parts.matrix.signed:
@@ -85,7 +103,7 @@ class Products:
         return self._rounded[key]
 
     def _given(self, type_name: str) -> dict[str, Any]:
-        return {"output_dtype": int(onnx_type(type_name))} if self.attributes and type_name != "F32" else {}
+        return {"output_dtype": int(onnx_type(type_name))} if self.strong and type_name != "F32" else {}
 
     def _dequantized(self, parts: Parts, type_name: str, *, rounded: bool) -> ir.Value:
         """float[in, out] of that type, float[out, in] where codes lie in groups.
@@ -96,6 +114,6 @@ class Products:
         graph, group, kind = self.graph, parts.matrix.group, onnx_type(type_name)
         given = self._given(type_name) if rounded else {}
         # TensorRT 8 reads a zero point for every scale, whether there is one or not.
-        zeros = () if self.attributes else (graph.constant([0] * parts.matrix.rows, "int8"),)
+        zeros = () if self.strong else (graph.constant([0] * parts.matrix.rows, "int8"),)
         matrix = graph.node("DequantizeLinear", parts.codes, parts.scales, *zeros, axis=1, block_size=group, **given)
         return matrix if given or parts.scales.dtype == kind else graph.cast(matrix, kind)
