@@ -117,7 +117,7 @@ def prepare(model: Model, options: TrtllmOptions) -> TrtllmExport:
     told = quantization(mix, options.cache, group, contents.excluded)
     if options.layout == HF:
         contents = _sharded(contents, options.split_max_bytes or SPLIT_BYTES)
-        texts = {CONFIG_NAME: hf_config(model.checkpoint.config, told, mix.floats)}
+        texts = {CONFIG_NAME: hf_config(model.checkpoint.config, a, told, mix.floats)}
         if mix.algorithm is not None or options.cache is not None:
             texts[QUANT_NAME] = hf_quant_config(told)
     else:

@@ -58,9 +58,14 @@ def hf_quant_config(told: Mapping[str, Any]) -> bytes:
     return written({"producer": producer(), "quantization": told})
 
 
-def hf_config(config: Mapping[str, Any], told: Mapping[str, Any], floats: str) -> bytes:
-    """config.json: the checkpoint's own, the type of its floats, and the quantization in both spellings of ModelOpt."""
-    dtype = {"torch_dtype": DTYPES[floats], "dtype": DTYPES[floats]}
+def hf_config(config: Mapping[str, Any], a: Architecture, told: Mapping[str, Any], floats: str) -> bytes:
+    """config.json: the checkpoint's own, the type of its floats, and the quantization in both spellings of ModelOpt.
+
+    A head_dim of null is filled in: Edge-LLM takes every head_dim that stands there for a number.
+    """
+    dtype: dict[str, Any] = {"torch_dtype": DTYPES[floats], "dtype": DTYPES[floats]}
+    if config.get("head_dim", a.head_dim) is None:
+        dtype["head_dim"] = a.head_dim
     if told["quant_algo"] is None and told["kv_cache_quant_algo"] is None:
         return written({**config, **dtype})
     inline = {"quant_method": "modelopt", "producer": producer(), **told, "ignore": told.get("exclude_modules", [])}

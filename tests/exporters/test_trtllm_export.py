@@ -234,6 +234,7 @@ def test_the_configuration_tells_what_the_loaders_ask_for(checkpoint: Callable[[
     assert {key: inline[key] for key in told} == told
     assert config["torch_dtype"] == "float16"
     assert config["num_local_experts"] == 3
+    assert config["head_dim"] == 64
 
 
 def _caches(model: Model) -> dict[str, float]:
