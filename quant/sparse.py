@@ -106,9 +106,7 @@ def _of_share(w: Tensor, upper: Tensor, pattern: Pattern) -> Tensor:
     """bool[block, rows]: all but the share with the lowest w² / U_jj², each weight counted alone."""
     score = (w / upper.diagonal()[:, None]).square().reshape(-1)
     kept = torch.ones(score.shape, dtype=torch.bool, device=w.device)
-    # One more in every block, so that rounding down leaves no matrix with too few.
-    count = min(pattern.pruned(len(score)) + 1, len(score))
-    kept[torch.argsort(score, stable=True)[:count]] = False
+    kept[torch.argsort(score, stable=True)[: pattern.pruned(len(score))]] = False
     return kept.reshape(w.shape)
 
 

@@ -8,6 +8,7 @@ Sparse tensor cores want the first; the second is for research.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -49,8 +50,8 @@ class Pattern:
         return None
 
     def pruned(self, count: int) -> int:
-        """How many of so many weights that share no group are zero."""
-        return int(count * self.zeros)
+        """How many of so many weights that share no group are zero: the share, rounded up."""
+        return math.ceil(round(count * self.zeros, 6))
 
 
 def find_pattern(name: str) -> Pattern:
