@@ -175,8 +175,8 @@ _KEYS: dict[str, tuple[Callable[[object], bool], str]] = {
         (lambda value: value is _ABSENT or _count(value), "a whole number"),
     ),
     **dict.fromkeys(
-        ("options.refit", "options.portable"),
-        (lambda value: value is _ABSENT or isinstance(value, bool), "true or false"),
+        ("options.refit", "options.portable", "options.wide_head"),
+        (lambda value: value is _ABSENT or value is None or isinstance(value, bool), "true or false"),
     ),
     "options.optimization_level": (
         lambda value: value is _ABSENT or value is None or _count(value),

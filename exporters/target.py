@@ -60,6 +60,7 @@ class Asked:
     refit: bool | None = None
     portable: bool | None = None
     profiles: int | None = None
+    wide_head: bool | None = None
     optimization_level: int | None = None
 
 

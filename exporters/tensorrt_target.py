@@ -50,7 +50,7 @@ class TensorRtFormat:
     takes = frozenset(
         {
             "builder", "max_batch", "max_input", "max_length", "timing_cache", "refit", "portable",
-            "optimization_level", "profiles",
+            "optimization_level", "profiles", "wide_head",
         }
     )  # fmt: skip
     is_folder = True
@@ -156,6 +156,7 @@ class TensorRtDraft:
             effort=decided.recipe.effort,
             solver=decided.solver,
             scales=planned_scales(architecture, self.mix, types),
+            wide_head=asked.wide_head,
             sparsity=None if decided.sparsity is None else decided.sparsity.to_text(),
         )
         chosen = tensorrt.EngineOptions(
@@ -265,5 +266,6 @@ class TensorRtTarget:
             "refit": options.refit,
             "portable": options.portable,
             "profiles": len(options.profiles),
+            "wide_head": self.export.graph.options.wide_head,
             "optimization_level": options.level,
         }

@@ -52,6 +52,11 @@ what = several(
     click.option(
         "--profiles", type=int, metavar="N", help="TensorRT: 1 for all lengths, 2 for prompts and for tokens."
     ),
+    click.option(
+        "--wide-head/--narrow-head",
+        default=None,
+        help="TensorRT: logits in float32, or in the engine's type. [default: as the builder keeps its bytes small]",
+    ),
     click.option("--optimization-level", type=int, metavar="N", help="TensorRT: 0 to 5. [default: the builder's]"),
     click.option(
         "--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Type of single tensors; repeatable."

@@ -39,6 +39,7 @@ FORMAT_OPTIONS = {
     "refit": "--refit",
     "portable": "--portable",
     "profiles": "--profiles",
+    "wide_head": "--wide-head",
     "optimization_level": "--optimization-level",
     "ort": "--ort",
     "target_size": "--target-size",
@@ -57,7 +58,7 @@ class ExportRequest:
     tp, pp: GPUs that share every layer, and stages, that a checkpoint is dealt to. kv_cache: what keys and values are
     cached as, "fp8" or "int8".
     builder, timing_cache, refit, portable, optimization_level: how an engine is built, None as its builder does it.
-    profiles: 1 for all lengths, 2 for prompts and single tokens.
+    profiles: 1 for all lengths, 2 for prompts and single tokens. wide_head: whether logits are computed in float32.
     max_batch, max_input, max_length: sequences, new positions, and positions in all that an engine takes at most.
     ort: whether an .ort file, made of the artifact and not part of it, is written beside it.
     output: None takes the current folder, or one in it that is named after the artifact where that is a folder.
@@ -84,6 +85,7 @@ class ExportRequest:
     refit: bool | None = None
     portable: bool | None = None
     profiles: int | None = None
+    wide_head: bool | None = None
     optimization_level: int | None = None
     ort: bool | None = None
     revision: str | None = None

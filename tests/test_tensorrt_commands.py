@@ -75,6 +75,15 @@ def test_an_export_is_a_folder_that_its_manifest_verifies(tmp_path: Path, here: 
     assert here("verify", made, "--json").code == 6
 
 
+def test_logits_in_float32_take_a_larger_head(tmp_path: Path, here: Callable[..., Done]) -> None:
+    built = {}
+    for head in ("--wide-head", "--narrow-head"):
+        done = here("export", EXAMPLE, *PLAIN, "--bits", 16, head, "-o", tmp_path / head)
+        assert done.code == 0, done.stderr
+        built[head] = (tmp_path / head / "rank0.engine").stat().st_size
+    assert built["--wide-head"] > built["--narrow-head"] + 2 * 512 * 256  # vocabulary, width
+
+
 def test_without_an_output_the_folder_is_named_after_the_model_and_its_type(
     tmp_path: Path, here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
