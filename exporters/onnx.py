@@ -44,6 +44,7 @@ from llmx.formats.onnx import (
     OPSET_2_BITS,
     OPSET_PLAIN,
     TYPES_KEY,
+    VALUES,
     VENDOR_DOMAIN,
     VENDOR_OPSET,
     places,
@@ -178,7 +179,10 @@ def _quantized(options: OnnxOptions) -> dict[str, str]:
 
 
 def _notes(model: Model, graph: ir.Model, options: OnnxOptions) -> tuple[str, ...]:
-    return engine_notes(model) if options.dialect in ENGINE_DIALECTS else notes(model.architecture, graph)
+    engine = ENGINE_DIALECTS.get(options.dialect)
+    if engine is None:
+        return notes(model.architecture, graph)
+    return engine_notes(model, engine, _quantized(options), options.scales)
 
 
 def _beside(model: Model, tokenizer: Tokenizer, graph: ir.Model, dialect: str) -> dict[str, bytes]:
@@ -278,7 +282,7 @@ def _step(one: Stored, options: OnnxOptions) -> Step:
     role, layer = (None, None) if spec is None else (spec.role, spec.layer)
     if one.quantized is None or spec is None:
         return Step(one.name, role, layer, one.shape, one.type_name, one.nbytes)
-    codes = f"{one.quantized.name}.{CODES}"
+    codes = f"{one.quantized.name}.{VALUES if one.quantized.decoded else CODES}"
     if one.name != codes:
         return Step(one.name, role, layer, one.shape, one.type_name, one.nbytes, beside=codes)
     shape, type_name = (one.quantized.rows, one.quantized.cols), one.quantized.encoding.name

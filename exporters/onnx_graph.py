@@ -11,7 +11,17 @@ import numpy as np
 import onnx_ir as ir
 
 from llmx.exporters.encoding import Float8Encoding, GroupEncoding
-from llmx.formats.onnx import CODES, FLOAT8, FLOATS, SCALES, ZERO_POINTS, integer_type, joined_name, tensor_bytes
+from llmx.formats.onnx import (
+    CODES,
+    FLOAT8,
+    FLOATS,
+    SCALES,
+    VALUES,
+    ZERO_POINTS,
+    integer_type,
+    joined_name,
+    tensor_bytes,
+)
 from llmx.formats.onnx_groups import GroupLayout
 from llmx.models.model import Weight
 
@@ -40,7 +50,8 @@ def whole(weight: Weight) -> Piece:
 class Quantized:
     """A matrix of few bits. pieces: one under another. columns: laid out as [inputs, outputs], see formats/onnx.py.
 
-    signed: rows of signed numbers. pad: outputs added so that a line of columns is a whole number of bytes.
+    signed: rows of signed numbers. decoded: rows of floats that the codes stand for, of channels. pad: outputs added so
+    that a line of columns is a whole number of bytes.
     """
 
     name: str
@@ -48,6 +59,7 @@ class Quantized:
     encoding: GroupEncoding | Float8Encoding
     columns: bool
     signed: bool = False
+    decoded: bool = False
 
     @property
     def rows(self) -> int:
@@ -102,7 +114,7 @@ class Stored:
 
     @property
     def part(self) -> str:
-        """CODES, SCALES or ZERO_POINTS."""
+        """CODES, SCALES, ZERO_POINTS or VALUES."""
         return self.name.rpartition(".")[2]
 
     @property
@@ -245,6 +257,17 @@ class GraphRecorder:
         )
         assert codes is not None and scales is not None, "every layout has codes and scales"
         return Parts(matrix, codes, scales, zeros)
+
+    def decoded(self, pieces: Sequence[Piece], encoding: GroupEncoding, type_name: str) -> tuple[ir.Value, Quantized]:
+        """float[rows, cols] of that type: what the codes of a matrix stand for, and the matrix."""
+        name = joined_name([named(piece) for piece in pieces])
+        matrix = Quantized(name, tuple(pieces), encoding, columns=False, decoded=True)
+        shape = (matrix.rows, matrix.cols)
+        return self.keep(Stored(f"{name}.{VALUES}", shape, type_name, quantized=matrix)), matrix
+
+    def channel_scales(self, matrix: Quantized) -> ir.Value:
+        """f32[rows]: the scales of a decoded matrix."""
+        return self.keep(Stored(f"{matrix.name}.{SCALES}", (matrix.rows,), "F32", quantized=matrix))
 
     def view(self, of: ir.Value, end: str, kind: ir.DataType, shape: Sequence[int]) -> ir.Value:
         """The bytes of a stored tensor seen in another way: another tensor at the same place of the data file."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from llmx.exporters.encoding import Float8Encoding
 from llmx.exporters.onnx_graph import Piece, Quantized, Stored
 from llmx.formats import float8_rows
-from llmx.formats.onnx import CODES, FLOATS, SCALES, ZERO_POINTS
+from llmx.formats.onnx import CODES, FLOATS, SCALES, VALUES, ZERO_POINTS
 from llmx.formats.onnx_groups import pack_bits, parts, unpack
 from llmx.progress import Progress
 from llmx.quant.protocol import Effort
@@ -200,6 +200,8 @@ def _quantized_tasks(matrix: Quantized, found: Mapping[str, Placed], rows: Rows,
 
 
 def _lay_out(matrix: Quantized) -> LayOut:
+    if matrix.decoded:
+        return _decoded_rows
     if matrix.signed:
         return _signed_rows
     if isinstance(matrix.encoding, Float8Encoding):
@@ -252,6 +254,19 @@ def _signed_rows(matrix: Quantized, found: Mapping[str, Placed], kept: Bytes, st
         Block(one.offset + start * lines[part].shape[1], lines[part].shape[1], lines[part])
         for part, one in found.items()
     ]
+
+
+def _decoded_rows(matrix: Quantized, found: Mapping[str, Placed], kept: Bytes, start: int) -> list[Block]:
+    """Outputs under each other, as floats."""
+    values = found[VALUES]
+    kind = FLOATS[values.stored.type_name]
+    line = matrix.cols * kind.nbytes
+    data = np.ascontiguousarray(matrix.encoding.decode(kept, matrix.cols), kind.numpy).view(np.uint8)
+    blocks = [Block(values.offset + start * line, line, data.reshape(-1, line))]
+    if SCALES in found:
+        scales = np.ascontiguousarray(unpack(matrix.layout, kept, matrix.cols).scales.T, "<f4").view(np.uint8)
+        blocks.append(Block(found[SCALES].offset + start * 4, scales.shape[1], scales))
+    return blocks
 
 
 def _columns(matrix: Quantized, found: Mapping[str, Placed], kept: Bytes, start: int) -> list[Block]:

@@ -272,7 +272,7 @@ def _flags(export: TensorRtExport) -> tuple[str, ...]:
 
 
 def value_types(graph: Path) -> dict[str, str]:
-    """Value -> "F16" or "F32", of every float value that a graph's nodes compute."""
+    """Value -> "F16" or "F32", of every float value that a graph's nodes compute in a type of its own."""
     import onnx as library
     from onnx import shape_inference
 
@@ -280,7 +280,10 @@ def value_types(graph: Path) -> dict[str, str]:
     model = library.load(graph, load_external_data=False)
     inferred = shape_inference.infer_shapes(model).graph
     found = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
-    return {name: names[kind] for name, kind in found.items() if kind in names}
+    # A product whose inputs are dequantized is one of 8 bits: it is the builder's to say what it is computed in.
+    rounded = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    products = {node.output[0] for node in model.graph.node if node.op_type == "MatMul" and node.input[0] in rounded}
+    return {name: names[kind] for name, kind in found.items() if kind in names and name not in products}
 
 
 def _config(export: TensorRtExport, engine: Path, built: Mapping[str, Any]) -> EngineConfig:

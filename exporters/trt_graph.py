@@ -196,12 +196,20 @@ def _declare(value: ir.Value, name: str, kind: ir.DataType, shape: tuple[int | s
     value.name, value.type, value.shape = name, ir.TensorType(kind), ir.Shape(shape)
 
 
-def engine_notes(model: Model) -> tuple[str, ...]:
-    """What the graph does otherwise than a user may expect."""
-    a = model.architecture
-    if not any(a.sparse_layers):
-        return ()
-    return (
-        f"every token runs through all {a.experts} experts of a layer, not only through the {a.experts_used} it uses: "
-        "right, and slower than it could be",
-    )
+def engine_notes(
+    model: Model, dialect: EngineDialect, types: Mapping[str, str], scales: Mapping[str, InputScale]
+) -> tuple[str, ...]:
+    """What the graph does otherwise than a user may expect. types, scales: as `record_engine`."""
+    a, notes = model.architecture, []
+    if any(a.sparse_layers):
+        notes.append(
+            f"every token runs through all {a.experts} experts of a layer, not only through the {a.experts_used} it "
+            "uses: right, and slower than it could be"
+        )
+    alone = len([name for name in types if name not in scales])
+    if alone and not dialect.fixed_types:
+        notes.append(
+            f"this builder multiplies weights of 8 bits by inputs of 8 bits only: {alone} matrices, whose inputs are "
+            "floats, are stored as the floats that their codes stand for, and take as much room as those"
+        )
+    return tuple(notes)

@@ -121,8 +121,11 @@ class EngineOps:
         first = pieces[0].weight
         wide = self._wide_head and first.spec.role in ("embedding", "head")
         encoding = self._matrices.encoding(first)
-        if encoding is not None:
+        if encoding is not None and self._products.strong:
             return self._products.quantized(x, self._parts(pieces, encoding), wide=wide)
+        if encoding is not None:
+            assert isinstance(encoding, GroupEncoding), "FP8 needs a strongly typed builder"
+            return self._products.decoded(x, pieces, encoding, wide=wide)
         if len(pieces) == 1 and pieces[0].rows == first.rows:
             return self._products.floats(x, self._graph.weight(first), wide=wide)
         name = joined_name([named(piece) for piece in pieces])

@@ -5,6 +5,11 @@
     8 bits      x ── Cast ── MatMul(DequantizeLinear(codes, scales)) ── Cast                codes [in, out], by channel
     8-bit in    x ── QuantizeLinear ── DequantizeLinear ── MatMul(DequantizeLinear(codes, scales)) ── Cast
 
+and for builders that are not strongly typed, which take no codes but find them again and keep these:
+
+    8-bit in    x ── QuantizeLinear ── DequantizeLinear ── MatMul(Transpose(DequantizeLinear(QuantizeLinear(values))))
+    8 bits      as floats, of the values that the codes stand for
+
 TensorRT keeps codes as they are in the engine and multiplies by them; where inputs are rounded to the same kind of
 8 bits it multiplies these. All zero points are zero: it takes no others. With 4 bits as rows onnxruntime computes what
 stands here, too; it would replace columns by products that round their inputs.
@@ -12,13 +17,14 @@ stands here, too; it would replace columns by products that round their inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
 
-from llmx.exporters.onnx_graph import GraphRecorder, Parts, onnx_type
+from llmx.exporters.encoding import GroupEncoding
+from llmx.exporters.onnx_graph import GraphRecorder, Parts, Piece, onnx_type
 from llmx.formats.onnx import INPUT_SCALE
 from llmx.quant.activations import InputScale, Kind
 
@@ -76,14 +82,12 @@ class Products:
         return self._wide[value]
 
     def quantized(self, x: ir.Value, parts: Parts, *, wide: bool) -> ir.Value:
-        """f32[R, out] of f32[R, in] and a matrix of few bits."""
+        """f32[R, out] of f32[R, in] and a matrix of few bits, for a strongly typed builder."""
         graph, name = self.graph, parts.matrix.pieces[0].weight.spec.name
-        scale = self.scales.get(name)
-        type_name = "F32" if wide else graph.type_name
+        scale, type_name = self.scales.get(name), "F32" if wide else graph.type_name
         if scale is None:
             inputs = x if wide else self.narrow(x)
-        else:  # before opset 19 what is dequantized is float32: the builder picks the type of such a product
-            type_name = type_name if self.strong else "F32"
+        else:
             inputs = self._rounded_to_8_bits(x, scale, name, type_name)
         matrix = self._dequantized(parts, type_name, rounded=scale is not None)
         if parts.matrix.signed:
@@ -91,6 +95,19 @@ class Products:
         else:
             product = graph.node("MatMul", inputs, matrix)
         return product if type_name == "F32" else graph.cast(product, F32)
+
+    def decoded(self, x: ir.Value, pieces: Sequence[Piece], encoding: GroupEncoding, *, wide: bool) -> ir.Value:
+        """f32[R, out] of f32[R, in] and a matrix of 8 bits by channel, for a weakly typed builder."""
+        graph, name = self.graph, pieces[0].weight.spec.name
+        scale = self.scales.get(name)
+        if scale is None:
+            matrix, _ = graph.decoded(pieces, encoding, graph.type_name)
+            return self.floats(x, matrix, wide=wide)
+        values, kept = graph.decoded(pieces, encoding, "F32")
+        steps = (graph.channel_scales(kept), graph.constant([0] * kept.rows, "int8"))
+        codes = graph.node("QuantizeLinear", values, *steps, axis=0)
+        matrix = graph.node("Transpose", graph.node("DequantizeLinear", codes, *steps, axis=0), perm=[1, 0])
+        return graph.node("MatMul", self._rounded_to_8_bits(x, scale, name, "F32"), matrix)
 
     def _rounded_to_8_bits(self, x: ir.Value, scale: InputScale, name: str, type_name: str) -> ir.Value:
         graph, key = self.graph, (x, scale, type_name)
@@ -113,7 +130,5 @@ class Products:
         """
         graph, group, kind = self.graph, parts.matrix.group, onnx_type(type_name)
         given = self._given(type_name) if rounded else {}
-        # TensorRT 8 reads a zero point for every scale, whether there is one or not.
-        zeros = () if self.strong else (graph.constant([0] * parts.matrix.rows, "int8"),)
-        matrix = graph.node("DequantizeLinear", parts.codes, parts.scales, *zeros, axis=1, block_size=group, **given)
+        matrix = graph.node("DequantizeLinear", parts.codes, parts.scales, axis=1, block_size=group, **given)
         return matrix if given or parts.scales.dtype == kind else graph.cast(matrix, kind)

@@ -13,10 +13,12 @@ NAME.zero_points, laid out for the operator that reads them:
 
     rows       MatMulNBits         codes u8[N, groups, bytes]    scales float[N, groups]    zero points u8[N, bytes]
     columns    DequantizeLinear    codes intb[K, N]              scales float[groups, N]    zero points intb[groups, N]
+    decoded    QuantizeLinear      values float[N, K]            scales float[N], for products of 8 bits
     signed     DequantizeLinear    codes int4[N, K]              scales float[N, groups]
     channels   DequantizeLinear    codes int8 or FP8 [K, N]      scales float[N]
 
-N outputs, K inputs; intb is uintb with zero points and signed without. Signed rows are those of graphs for TensorRT.
+N outputs, K inputs; intb is uintb with zero points and signed without. Signed rows are those of graphs for TensorRT;
+decoded ones those for TensorRT 8, which finds the codes again by itself: there NAME.values is what codes stand for.
 Columns of less than 8 bits are filled up with zeros to whole bytes. Matrices with the same inputs may be one, their
 outputs under each other: layers.0.q+k+v.weight; experts are told apart by their number:
 layers.0.expert_gate[3]+expert_up[3].weight.
@@ -51,7 +53,7 @@ PAGE, LARGE, WORD = 1 << 16, 1 << 20, 64
 TOKENS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 START = "start"  # of graphs for TensorRT: how many positions each sequence's cache holds
 PARTS = ("key", "value")
-CODES, SCALES, ZERO_POINTS = "codes", "scales", "zero_points"
+CODES, SCALES, ZERO_POINTS, VALUES = "codes", "scales", "zero_points", "values"
 TABLE, COLUMNS = "table", "columns"  # the ends of other views of a part, for looking up rows
 # Of the inputs of a matrix that are rounded to 8 bits on one scale: constants of the graph, named after the matrix.
 INPUT_SCALE, INPUT_ZERO_POINT = ".input_scale", ".input_zero_point"

@@ -271,6 +271,32 @@ def test_codes_are_stored_signed_without_zero_points_and_their_scales_as_they_ar
         assert not any(one.endswith("zero_points") for one in stored)
 
 
+def test_a_builder_of_old_is_given_what_8_bit_codes_stand_for_and_finds_them_again(tmp_path: Path) -> None:
+    save(CASES["llama"], tmp_path / "model")
+    model = open_model(tmp_path / "model")
+    types, scales = mixed(model, "W8A8")
+    alone = [name for name, kind in types.items() if "-" in kind and name not in scales]
+    planned, graph = export(model, tmp_path / "onnx", "plain", "F16", types=types, scales=scales)
+    stored = {one.name: one.type_name for one in planned.stored}
+    assert stored["layers.0.o.weight.values"] == "F32" and stored["layers.0.o.weight.scales"] == "F32"
+    told = f"{len(alone)} matrices, whose inputs are floats"
+    assert [told in note for note in planned.plan.notes] == [True] * bool(alone)
+    loaded = onnx.load(graph)
+    made_by = {name: node for node in loaded.graph.node for name in node.output}
+    arrays = {one.name: onnx.numpy_helper.to_array(one) for one in loaded.graph.initializer}
+    product = next(n for n in loaded.graph.node if n.op_type == "MatMul" and n.input[1] in made_by
+                   and made_by[n.input[1]].op_type == "Transpose")  # fmt: skip
+    dequantize = made_by[made_by[product.input[1]].input[0]]
+    quantize, inputs = made_by[dequantize.input[0]], made_by[product.input[0]]
+    assert (quantize.op_type, dequantize.op_type, inputs.op_type) == (
+        "QuantizeLinear", "DequantizeLinear", "DequantizeLinear",
+    )  # fmt: skip
+    values, steps, zeros = (arrays[name] for name in quantize.input)
+    assert zeros.dtype == np.int8 and not zeros.any() and zeros.shape == steps.shape
+    codes = values / steps[:, None]
+    assert np.abs(codes - np.rint(codes)).max() < 1e-4 and np.abs(np.rint(codes)).max() <= 128
+
+
 @pytest.mark.parametrize(
     ("dialect", "kind", "told"),
     [
