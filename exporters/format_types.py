@@ -43,8 +43,8 @@ def bits_of(name: str) -> float:
 
 GGUF = FormatTypes("GGUF", WRITABLE_TYPES, lambda name: BLOCKS[name].bits)
 _OF_ENGINES = (
-    "F32", "F16", "BF16", *(f"int4-g{size}-pos" for size in (128, 64, 32)), "int8-channel-pos-float32",
-    "fp8-channel-float32",
+    "F32", "F16", "BF16", *(f"int4-g{size}-pos{store}" for store in ("", "-bfloat16") for size in (128, 64, 32)),
+    "int8-channel-pos-float32", "fp8-channel-float32",
 )  # fmt: skip
 TENSORRT = FormatTypes("TensorRT", _OF_ENGINES, bits_of, quantizes_activations=True)
 ONNX = FormatTypes(

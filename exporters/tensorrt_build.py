@@ -33,7 +33,7 @@ _KILLED = -signal.SIGKILL
 _KEPT_LINES = 12
 INSTALL = f"pip install 'llmx[tensorrt-rtx]' (builds without a GPU), or set {TENSORRT_PYTHON} to a Python that has it"
 
-ALL_TYPES = ("F32", "F16", "BF16", "W4A16", "W8A16", "FP8", "W8A8")
+ALL_TYPES = ("F32", "F16", "BF16", "W4A16", "W8A16", "FP8", "W8A8", "W4A16_BF16", "W8A16_BF16", "FP8_BF16")
 PLAIN_TYPES = ("F32", "F16", "W8A16", "W8A8")
 
 

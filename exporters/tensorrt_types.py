@@ -44,6 +44,10 @@ MIXES: Mapping[str, TensorRtMix] = {
         TensorRtMix("W8A16", "int8-channel-pos-float32", "F16"),
         TensorRtMix("FP8", FP8, "F16", inputs="fp8"),
         TensorRtMix("W8A8", "int8-channel-pos-float32", "F16", inputs="int8"),
+        # For models whose activations leave float16's range.
+        TensorRtMix("W4A16_BF16", "int4-g128-pos-bfloat16", "BF16"),
+        TensorRtMix("W8A16_BF16", "int8-channel-pos-float32", "BF16"),
+        TensorRtMix("FP8_BF16", FP8, "BF16", inputs="fp8"),
     )
 }
 """Keyed by name."""

@@ -108,12 +108,12 @@ def test_engines_of_every_family_build_and_their_weights_stay_as_small_as_they_w
     assert kinds == {tensorrt_target.find_mix(type_name).base}
 
 
-@pytest.mark.parametrize("type_name", ["F32", "BF16", "W8A8"])
+@pytest.mark.parametrize("type_name", ["F32", "BF16", "W8A8", "W4A16_BF16", "W8A16_BF16", "FP8_BF16"])
 def test_the_other_types_build_too(type_name: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     built = written(planned(checkpoint("qwen3"), type_name, max_input=16, max_length=32), tmp_path / "made")
     assert built["version"] == FOUND.version and built["gpu"] is None and built["engine"] is None
     config = read_config(tmp_path / "made")
-    assert config.type_name == type_name and config.floats == {"W8A8": "F16"}.get(type_name, type_name)
+    assert config.type_name == type_name and config.floats == tensorrt_target.find_mix(type_name).floats
     assert config.compute_capability is None and config.cache == "in place"
 
 
