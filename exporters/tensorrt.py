@@ -265,7 +265,7 @@ def _flags(export: TensorRtExport) -> tuple[str, ...]:
     weak = [] if export.builder.strong else ["OBEY_PRECISION_CONSTRAINTS"]
     if weak and mix.floats == "F16":
         weak.append("FP16")
-    if weak and mix.base not in FLOATS:
+    if weak and export.graph.options.scales:  # without products of 8 bits TensorRT 8 would ask for a calibrator
         weak.append("INT8")
     sparse = ["SPARSE_WEIGHTS"] if options.sparsity is not None and options.sparsity.pattern == TWO_OF_FOUR else []
     return (*weak, *sparse, *(["REFIT"] if options.refit else []))
