@@ -54,6 +54,7 @@ def export(output: Path | None, validate: bool, force: bool, as_json: bool, **ch
       llmx export ./model --bits 4 --method gptq --calibration my.txt --effort best
       llmx export ./model --target-bpw 4.2 --calibration chats.jsonl
       llmx export ./model --format onnx --bits 16 -o model-onnx/
+      llmx export ./model --format tensorrt --bits 4 -o engine/
       llmx export ./model --from-manifest model-Q4_K_M.manifest.json -o again/
     """
     from llmx import api, describe

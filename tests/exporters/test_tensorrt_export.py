@@ -22,7 +22,7 @@ from llmx.errors import UnsupportedError, UsageError  # noqa: E402
 from llmx.exporters import tensorrt, tensorrt_target  # noqa: E402
 from llmx.exporters.quantization import Wishes, quantization  # noqa: E402
 from llmx.exporters.target import Asked  # noqa: E402
-from llmx.exporters.tensorrt_build import installed  # noqa: E402
+from llmx.exporters.tensorrt_build import Installed, installed  # noqa: E402
 from llmx.exporters.tensorrt_target import TensorRtFormat, TensorRtTarget  # noqa: E402
 from llmx.formats.tensorrt import check_engine, read_config  # noqa: E402
 from llmx.models.model import open_model  # noqa: E402
@@ -235,3 +235,23 @@ def test_inputs_of_down_stay_in_floats_where_rounding_them_to_int8_costs_the_mos
     assert rounding["layers.0.down.weight"] == "float" and rounding["layers.0.up.weight"] == "int8"
     assert set(planned(checkpoint("llama"), "FP8").static_inputs().values()) == {"fp8"}
     assert planned(checkpoint("llama"), "W8A16").static_inputs() == {}
+
+
+@pytest.mark.parametrize(
+    ("type_name", "flags"),
+    [
+        ("F32", ("OBEY_PRECISION_CONSTRAINTS",)),
+        ("F16", ("OBEY_PRECISION_CONSTRAINTS", "FP16")),
+        ("W8A16", ("OBEY_PRECISION_CONSTRAINTS", "FP16")),
+        ("W8A8", ("OBEY_PRECISION_CONSTRAINTS", "FP16", "INT8")),
+    ],
+)
+def test_a_weakly_typed_builder_is_allowed_the_types_of_its_graph_and_no_others(
+    type_name: str, flags: tuple[str, ...], checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Installed("tensorrt", "8.6.0", "NVIDIA H200", (9, 0), "3.10.13")
+    monkeypatch.setattr(tensorrt_target, "installed", lambda package: old)
+    export = planned(checkpoint("llama"), type_name).export
+    assert tensorrt._flags(export) == flags
+    assert export.cache == "two buffers" and len(export.profiles) == 2
+    assert {bounds.capacity for bounds in export.profiles} == {(64, 64, 64)}
