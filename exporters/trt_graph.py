@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import onnx_ir as ir
 
@@ -24,7 +25,7 @@ from llmx.exporters.trt_attention import attend, attend_plainly, turn, turn_plai
 from llmx.exporters.trt_ops import EngineOperators, EngineOps, States
 from llmx.exporters.trt_products import Products
 from llmx.exporters.trt_run import EngineRun
-from llmx.formats.onnx import LOGITS, OPSET, OPSET_PLAIN
+from llmx.formats.onnx import LOGITS, OPSET, OPSET_PLAIN, PARTS, past, present
 from llmx.models.decoder import forward
 from llmx.models.model import Model
 from llmx.quant.activations import InputScale
@@ -180,8 +181,10 @@ def record_engine(
     rows = forward(model, ops, States(tokens), States(run.positions)).value
     logits = recorder.node("Reshape", rows, run.shape(run.batch, run.new, architecture.vocab))
     _declare(logits, LOGITS, ir.DataType.FLOAT, ("batch", "positions", architecture.vocab))
-    for name, value in ops.presents.items():
-        _declare(value, name, recorder.float_type, run.cache_shape)
+    for layer, part in product(range(architecture.layers), PARTS):
+        kind = recorder.inputs[past(layer, part)].dtype
+        assert kind is not None, "a declared input has a type"
+        _declare(ops.presents[present(layer, part)], present(layer, part), kind, run.cache_shape)
     return ir.Graph(
         list(recorder.inputs.values()),
         [logits, *ops.presents.values()],
