@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmx.validate.kinds import ArtifactKind
 
 DIFFERENT = 1  # as diff(1) has it
+BY_CANONICAL_NAMES = frozenset({"onnx", "trtllm"})  # formats whose tensors are named as the checkpoint's
 TOKENIZER, MERGES, TEMPLATE = "tokenizer.", "tokenizer.ggml.merges", "tokenizer.chat_template"
 # Follow from other things that are compared themselves: digests from tensors, the rest from how a file was cut.
 DERIVED = ("llmx.tensor_digests", "split.no", "split.count", "split.tensors.count")
@@ -167,9 +168,9 @@ def _opened(first: Path, second: Path) -> tuple[_Side, _Side]:
         what = "an engine's weights cannot be read back"
         raise UnsupportedError(what, fix="see what engines compute with `llmx compare`")
     if len(names) > 1:
-        what = "a GGUF file and an ONNX graph name and lay out their tensors otherwise"
+        what = "artifacts of two formats name and lay out their tensors otherwise"
         raise UsageError(what, fix="see what both lost with `llmx compare`")
-    if names == {"onnx"} and None in kinds:
+    if names & BY_CANONICAL_NAMES and None in kinds:
         return _beside_checkpoint(first, second, kinds)
     a, b = (
         _checkpoint(path) if kind is None else _artifact(path, kind)
@@ -191,33 +192,37 @@ def _beside_checkpoint(first: Path, second: Path, kinds: Sequence[ArtifactKind |
     """A graph and a checkpoint, both under the checkpoint's canonical names."""
     from llmx.models.model import open_model
 
-    folder = first if kinds[0] is None else second
+    folder, artifact = (first, second) if kinds[0] is None else (second, first)
+    kind = next(kind for kind in kinds if kind is not None)
     model = open_model(folder)
-    a, b = (
-        _canonical(path, model) if kind is None else _artifact(path, kind, model)
-        for path, kind in zip((first, second), kinds, strict=True)
-    )
-    return a, b
+    plain, other = _canonical(folder, model, kind, artifact), _artifact(artifact, kind, model)
+    return (plain, other) if kinds[0] is None else (other, plain)
 
 
-def _canonical(folder: Path, model: Model) -> _Side:
-    """A checkpoint's own tensors; norm gains as a graph has them."""
-    from llmx.validate.kinds import kind_named
-    from llmx.validate.onnx_kind import weight_entry
-
-    onnx = kind_named("onnx")
+def _canonical(folder: Path, model: Model, kind: ArtifactKind, artifact: Path) -> _Side:
+    """A checkpoint's own tensors; norm gains as the artifact has them."""
+    entries = _weight_entries(kind, artifact, model)
 
     def tensor(weight: Weight, entry: Entry) -> _Tensor:
         return _Tensor(
             weight.dtype,
             weight.spec.shape,
-            lambda start, stop: onnx.source_rows(model, entry, start, stop),
+            lambda start, stop: kind.source_rows(model, entry, start, stop),
             weight.read_raw,
             weight.release,
         )
 
-    found = {weight.spec.name: tensor(weight, weight_entry(weight.spec, model)) for weight in model.weights()}
+    found = {weight.spec.name: tensor(weight, entries[weight.spec.name]) for weight in model.weights()}
     return _Side(str(folder), {}, found, model.checkpoint.nbytes)
+
+
+def _weight_entries(kind: ArtifactKind, artifact: Path, model: Model) -> dict[str, Entry]:
+    """Canonical name -> what the tensor is in the artifact; without a graph's own tables, which take a recording."""
+    from llmx.validate.onnx_kind import weight_entry
+
+    if kind.name == "onnx":
+        return {weight.spec.name: weight_entry(weight.spec, model) for weight in model.weights()}
+    return {entry.name: entry for entry in kind.entries(kind.open(artifact), model, model.architecture.vocab)}
 
 
 def _artifact(path: Path, kind: ArtifactKind, model: Model | None = None) -> _Side:
