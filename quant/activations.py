@@ -180,6 +180,11 @@ _CODES: Mapping[Kind, _Codes] = {
 }
 
 
+def whole_range(low: float, high: float, kind: Kind) -> InputScale:
+    """The static scale whose codes reach from low ≤ 0 to high ≥ 0."""
+    return _CODES[kind].scale(low, high)
+
+
 def _static(inputs: Samples, kind: Kind) -> Floats:
     """The best static scale for the fitted rows."""
     return rounded(inputs.judged.rows, best_scale(inputs.fitted, kind))
