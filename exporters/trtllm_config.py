@@ -14,6 +14,7 @@ from llmx.models.architecture import Activation, Architecture, Rope
 
 DTYPES: Mapping[str, str] = {"F16": "float16", "BF16": "bfloat16"}
 ELSEWHERE = "--layout hf"
+FLOAT8: Mapping[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
 # The class that TensorRT-LLM's MODEL_MAP knows a family by.
 CLASSES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
@@ -69,8 +70,10 @@ def hf_config(config: Mapping[str, Any], a: Architecture, told: Mapping[str, Any
     if told["quant_algo"] is None and told["kv_cache_quant_algo"] is None:
         return written({**config, **dtype})
     inline = {"quant_method": "modelopt", "producer": producer(), **told, "ignore": told.get("exclude_modules", [])}
+    if told["quant_algo"] == "FP8":
+        inline["config_groups"] = {"group_0": {"input_activations": FLOAT8, "weights": FLOAT8, "targets": ["Linear"]}}
     if told["kv_cache_quant_algo"] == "FP8":
-        inline["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+        inline["kv_cache_scheme"] = FLOAT8
     return written({**config, **dtype, "quantization_config": inline})
 
 
