@@ -17,7 +17,6 @@ from llmx.formats.trtllm import INPUT_SCALE, PRE_SCALE, RANKS, SCALES, SUFFIXES,
 from llmx.models.architecture import TensorSpec
 
 SIGNED_PAIRS = {RANKS: "I8"}  # the dtype of two codes in a byte; U8 in the other layout
-SCALE_TYPES = {RANKS: "F16"}  # of scales of groups; F32 in the other layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,7 @@ def parts(matrix: Matrix, file: int, layout: str, options: Options, input_scale:
     made = [_weight(matrix, file, layout, options.floats)]
     if matrix.encoding is None:
         return made
-    made.append(_scales(matrix, file, layout))
+    made.append(_scales(matrix, file, layout, options.floats))
     if input_scale is not None:
         value = np.array(input_scale, "<f4").reshape((1,) if layout == RANKS else ())
         made.append(constant(file, f"{module}.{suffixes[INPUT_SCALE]}", "F32", value))
@@ -165,7 +164,7 @@ def _weight(matrix: Matrix, file: int, layout: str, floats: str) -> Stored:
     return Stored(file, name, SIGNED_PAIRS.get(layout, "U8"), matrix.shape(rows // 2, cols), matrix)
 
 
-def _scales(matrix: Matrix, file: int, layout: str) -> Stored:
+def _scales(matrix: Matrix, file: int, layout: str, floats: str) -> Stored:
     name = f"{matrix.module}.{SUFFIXES[layout][SCALES]}"
     if matrix.encoding in FLOAT8_ENCODINGS:
         alone = (1,) if layout == RANKS else ()
@@ -173,7 +172,8 @@ def _scales(matrix: Matrix, file: int, layout: str) -> Stored:
     if matrix.stored_group is None:
         return Stored(file, name, "F32", matrix.shape(matrix.rows), matrix, SCALES)
     groups = matrix.cols // matrix.stored_group
-    return Stored(file, name, SCALE_TYPES.get(layout, "F32"), matrix.shape(matrix.rows, groups), matrix, SCALES)
+    kind = floats if layout == RANKS else "F32"
+    return Stored(file, name, kind, matrix.shape(matrix.rows, groups), matrix, SCALES)
 
 
 def whole(specs: Sequence[TensorSpec], expert: int | None = None) -> tuple[Piece, ...]:

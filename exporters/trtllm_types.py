@@ -8,7 +8,7 @@ and are named in exclude_modules.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmx.errors import UnsupportedError, UsageError
@@ -24,8 +24,9 @@ FLOAT_TYPES = ("F16", "BF16")
 INT8, FP8 = "int8-channel-pos", "fp8-tensor-float32"  # scales are float16 where a name does not say their type
 
 
-def _int4(group: int) -> str:
-    return f"int4-g{group}-pos"
+def _int4(group: int, floats: str = "F16") -> str:
+    """The encoding in groups of this size, with scales in the type of the floats."""
+    return f"int4-g{group}-pos" + ("-bfloat16" if floats == "BF16" else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +47,33 @@ class TrtllmMix:
     @property
     def grouped(self) -> bool:
         """Whether weights are in groups: the 4-bit ones."""
-        return self.base == _int4(GROUPS[0])
+        return self.base == _int4(GROUPS[0], self.floats)
 
+
+_HALVES = (
+    TrtllmMix("W4A16_AWQ", _int4(128), "W4A16_AWQ", transform="awq"),
+    # What GPTQ and rounding make of 4 bits is told as AWQ with scales of one: the loaders know groups by that name.
+    TrtllmMix("W4A16", _int4(128), "W4A16_AWQ"),
+    TrtllmMix("W8A16", INT8, "W8A16"),
+    TrtllmMix("FP8", FP8, "FP8", inputs="fp8"),
+    TrtllmMix("W8A8_SQ", INT8, "W8A8_SQ_PER_CHANNEL", inputs="int8", transform="smoothquant"),
+    TrtllmMix("F16", "F16"),
+)
+_BASES: Mapping[str, str] = {
+    _int4(128): _int4(128, "BF16")
+}  # of the twin in bfloat16; other encodings are its own, too
+_TWINS = ("W4A16_AWQ", "W4A16", "FP8", "W8A8_SQ")
 
 MIXES: Mapping[str, TrtllmMix] = {
     mix.name: mix
     for mix in (
-        TrtllmMix("W4A16_AWQ", _int4(128), "W4A16_AWQ", transform="awq"),
-        # What GPTQ and rounding make of 4 bits is told as AWQ with scales of one: the loaders know groups by that name.
-        TrtllmMix("W4A16", _int4(128), "W4A16_AWQ"),
-        TrtllmMix("W8A16", INT8, "W8A16"),
-        TrtllmMix("FP8", FP8, "FP8", inputs="fp8"),
-        TrtllmMix("W8A8_SQ", INT8, "W8A8_SQ_PER_CHANNEL", inputs="int8", transform="smoothquant"),
-        TrtllmMix("F16", "F16"),
+        *_HALVES,
         TrtllmMix("BF16", "BF16", floats="BF16"),
+        *(
+            replace(mix, name=f"{mix.name}_BF16", base=_BASES.get(mix.base, mix.base), floats="BF16")
+            for mix in _HALVES
+            if mix.name in _TWINS
+        ),
     )
 }
 """Keyed by name."""
@@ -68,7 +82,7 @@ BY_BITS: Mapping[int, str] = {4: "W4A16_AWQ", 8: "W8A16", 16: "F16"}
 
 TYPES = FormatTypes(
     "TensorRT-LLM",
-    (*FLOAT_TYPES, *(_int4(group) for group in GROUPS), INT8, FP8),
+    (*FLOAT_TYPES, *(_int4(group, floats) for floats in FLOAT_TYPES for group in GROUPS), INT8, FP8),
     lambda name: ENCODINGS[name].bits(4096),
     quantizes_activations=True,
 )
@@ -125,7 +139,7 @@ def planned_types(architecture: Architecture, mix: TrtllmMix, ruled: Mapping[str
     group = next(size for size in GROUPS if all(spec.shape[-1] % size == 0 for spec in fitting))
     left = {spec.name: mix.base for spec in kept if spec not in fitting}
     smaller = {} if group == GROUPS[0] else {spec.name: mix.base for spec in fitting}
-    return Types({spec.name: _int4(group) for spec in fitting}, {**smaller, **left}, group)
+    return Types({spec.name: _int4(group, mix.floats) for spec in fitting}, {**smaller, **left}, group)
 
 
 def group_notes(types: Types, stored: int | None) -> list[str]:

@@ -10,7 +10,7 @@ Two layouts hold the same weights:
 A quantized matrix of N outputs and K inputs is several tensors, named after its module:
 
     4 bits   weight           hf U8, ranks I8 [N/2, K]   two outputs a byte, see `pack_pairs`
-             scales           hf F32, ranks F16 [N, K/group]
+             scales           hf F32, ranks as floats [N, K/group]
              pre-scale        [K], what inputs are multiplied by first: ones, such scales are folded into the weights
     8 bits   weight           I8 [N, K]                 value = scale · code
              scales           F32 [N]

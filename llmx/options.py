@@ -31,7 +31,7 @@ def several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 what = several(
     click.option(
-        "--format", "format_", default="gguf", show_default=True, help="Target format: gguf, onnx or tensorrt."
+        "--format", "format_", default="gguf", show_default=True, help="Target format: gguf, onnx, tensorrt or trtllm."
     ),
     click.option("--bits", type=int, help="Size class: 2, 3, 4, 5, 6, 8, 16 or 32. [default: 4]"),
     click.option("--type", "type_name", metavar="NAME", help="Exact file type, for example Q4_K_M, IQ4_XS, BF16."),

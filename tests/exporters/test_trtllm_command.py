@@ -157,4 +157,5 @@ def test_kernel_ordered_weights_are_refused_with_the_layout_that_works(tmp_path:
 
 def test_every_type_is_a_choice_of_the_command() -> None:
     names = {mix.lower() for mix in MIXES}
-    assert names == {"w4a16_awq", "w4a16", "w8a16", "fp8", "w8a8_sq", "f16", "bf16"}
+    twins = {"w4a16_awq", "w4a16", "fp8", "w8a8_sq"}
+    assert names == twins | {f"{name}_bf16" for name in twins} | {"w8a16", "f16", "bf16"}
