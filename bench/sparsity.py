@@ -2,9 +2,10 @@
 
     python bench/sparsity.py MODEL --text eval.txt --calibration calib.txt --keep FOLDER [--tokens 24576]
 
-Judged: mean KL(transformers f32 ‖ artifact) in nats over the second halves of chunks of 256, by `llmx compare`. Pruned
-artifacts are F16 GGUF files, those with 4 bits ONNX folders of --type; what stands in FOLDER already is judged again
-and not made again.
+Judged: mean KL(transformers f32 ‖ artifact) in nats. Pruned artifacts are F16 GGUF files, judged by `llmx compare` over
+the second halves of chunks of 256; those with 4 bits ONNX folders of --type, judged on onnxruntime as
+bench/onnx_quality.py does, over all positions of 20 such chunks. What stands in FOLDER is judged again and not made
+again.
 
 One after the other: the F16 artifact of sparsegpt is the checkpoint of a second export, whose solver holds the zeros.
 "plain" rounds the weights that are left with GPTQ under the mask; "repaired" first moves them, zeros held, to make up
@@ -25,6 +26,8 @@ from unittest import mock
 
 import numpy as np
 import torch
+from onnx_quality import judge
+from peer_onnx import Package
 
 from llmx import api
 from llmx.comparing import compare
@@ -41,7 +44,7 @@ from llmx.validate.kinds import find_kind
 from llmx.validate.oracle import Tokens
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
-POSITIONS = 5080
+POSITIONS, CHUNKS = 5080, 20
 
 
 def held(
@@ -126,7 +129,10 @@ def main() -> None:
     for how in ("plain", "repaired"):
         with mock.patch.object(solving, "pruned", partial(held, repaired=how == "repaired")):
             made(rounded[how], {**fields, "model": str(sparse)})
-    found = told(asked.model, asked.text, [*pruned.values(), *rounded.values()], asked.threads)
+    found = told(asked.model, asked.text, [*pruned.values()], asked.threads)
+    packages = [("llmx", Package(path.name, path)) for path in rounded.values()]
+    text = asked.text.read_text(encoding="utf-8")
+    found |= {one.package.name: one.kl for one in judge(asked.model, text, CHUNKS, packages, asked.threads)}
     report(found, pruned, rounded)
 
 

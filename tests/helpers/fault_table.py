@@ -18,6 +18,7 @@ from stock_types import random_checkpoint
 
 from llmx.exporters import gguf_tensors
 from llmx.exporters.gguf_metadata import DIGESTS_KEY, SOLVED, SOLVER_KEY
+from llmx.exporters.sparsity import SPARSITY_KEY, Sparsity
 from llmx.formats.ggml_blocks import BLOCKS, row_bytes
 from llmx.formats.ggml_decode import LEVELS
 from llmx.formats.ggml_packers import pack, unpack
@@ -243,6 +244,12 @@ def forged_solver(file: GgufFile) -> Planted:
     return {**exchanged("blk.1.ffn_up", "blk.1.ffn_gate")(file), "metadata": {SOLVER_KEY: text(SOLVED)}}
 
 
+def called_sparse(file: GgufFile) -> Planted:
+    """The marks of a sparse file on a dense one."""
+    told = Sparsity("2:4", "sparsegpt").to_text()
+    return {"metadata": {SOLVER_KEY: text(SOLVED), SPARSITY_KEY: text(told)}}
+
+
 def not_permuted(file: GgufFile) -> Planted:
     """q and k with the rows of each head in the checkpoint's order."""
     head = int(file.metadata["llama.attention.key_length"])  # type: ignore[call-overload]
@@ -346,6 +353,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("a padding row that wins", "padded", changed("output.weight", louder_padding),
           caught("bytes.steps", "quality.kl")),
     Fault("a solver's mark on exchanged tensors", "four bits", forged_solver, caught("bytes.error")),
+    Fault("a dense file that is called sparse", "eight bits", called_sparse, caught("bytes.sparsity")),
     Fault("four bits named as eight", "four bits", lambda _: {"metadata": {"general.file_type": u32(7)}},
           caught("bytes.type")),
     Fault("four bits for a user who asks for eight's quality", "four bits", lambda _: {}, caught("quality.kl"),
