@@ -59,7 +59,7 @@ FLOAT_ROLES: frozenset[Role] = frozenset({"embedding", "position_embedding", "ro
 _EVEN: tuple[Role, ...] = ("q", "k", "v", "o", "gate", "up", "expert_gate", "expert_up")
 
 # Whose inputs are rounded. Those of `down` have few huge values in few tokens, and TensorRT has no scales by row: with
-# int8 they cost seven times what all others do together (KL on models of 42 M and 3 M: 0.0016 and 0.0016 with `down`,
+# int8 they cost four to eight times what all others do (KL on models of 42 M and 3 M: 0.0016 and 0.0016 with `down`,
 # 0.0002 and 0.0004 without; 0.0009 and 0.0010 with it and SmoothQuant, which does not carry over to other text). FP8
 # keeps large and small values alike: 0.0018 and 0.0038 with `down`, 0.0016 and 0.0034 without.
 STATIC_ROLES: Mapping[Kind, frozenset[Role]] = {
