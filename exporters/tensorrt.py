@@ -52,9 +52,9 @@ TOKENIZER_FILES = (
 )
 CACHE_OF_DIALECT = {"trt": IN_PLACE, "plain": TWO_BUFFERS}
 MAX_BATCH, MAX_INPUT, MAX_LENGTH = 1, 1024, 4096
-# The estimate of an engine: its weights as the graph has them, a little more, and every layer's and expert's kernels.
-# TensorRT-RTX keeps each kernel as its source text: 0.65 to 0.9 MB a layer, measured.
-ENGINE_SHARE, ENGINE_PER_LAYER, ENGINE_PER_EXPERT = 1.03, 3 << 18, 3 << 18
+# The estimate of an engine: its weights as the graph has them, a little more, and every layer's kernels, more of them
+# where it mixes experts. TensorRT-RTX keeps each kernel as its source text: 0.65 to 0.9 MB a layer, measured.
+ENGINE_SHARE, ENGINE_PER_LAYER, ENGINE_PER_MIXTURE = 1.03, 3 << 18, 1 << 19
 CONFIG_BYTES, REPORT_BYTES = 4096, 4096
 GRAPH_FOLDER = ".graph"
 # How many -> for what kernels are chosen. An engine of TensorRT 8 has its weights once for each.
@@ -160,7 +160,8 @@ def prepare(
         for name in TOKENIZER_FILES
         if (model.checkpoint.folder / name).is_file()
     }
-    estimated = _engine_bytes(model.architecture, graph.plan.files[1].nbytes)
+    copies = 1 if builder.compiles_late else len(chosen.profiles)
+    estimated = _engine_bytes(model.architecture, copies * graph.plan.files[1].nbytes)
     context = model.architecture.context_length
     notes = [
         f"built by {found.package} {found.version}"
@@ -195,8 +196,8 @@ def _told(step: Step, wanted: Mapping[str, str]) -> Step:
 
 
 def _engine_bytes(architecture: Architecture, weights: int) -> int:
-    experts = architecture.experts * sum(architecture.sparse_layers)
-    kernels = ENGINE_PER_LAYER * (1 + architecture.layers) + ENGINE_PER_EXPERT * experts
+    mixtures = sum(architecture.sparse_layers)
+    kernels = ENGINE_PER_LAYER * (1 + architecture.layers) + ENGINE_PER_MIXTURE * mixtures
     return int(weights * ENGINE_SHARE) + kernels
 
 
