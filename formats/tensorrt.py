@@ -131,7 +131,7 @@ def engine_folder(path: Path) -> Path | None:
     try:
         told = read_object(folder / CONFIG_NAME, _LARGEST_CONFIG)
     except IntegrityError:
-        return None
+        return folder  # nothing else has a file of that name: read_config says what is wrong
     return folder if told.get("producer") == PRODUCER and isinstance(told.get("builder"), Mapping) else None
 
 

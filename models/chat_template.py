@@ -1,34 +1,27 @@
-"""Chat templates: found in a model's folder, checked to parse, and rendered as Hugging Face does, in a sandbox.
+"""Chat templates: found in a model's folder, checked to parse, and rendered as Hugging Face does.
 
-A template is a stranger's program. It runs in jinja2's ImmutableSandboxedEnvironment (no attribute that leads to
-Python's insides, nothing changed), for at most SECONDS, to at most CHARACTERS; large repetitions are refused.
-Extensions are those of Hugging Face: break and continue, the generation block, tojson, raise_exception, strftime_now.
+A template is a stranger's program. It is parsed and run in a process of its own, confined in time, memory and files:
+see template_sandbox.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
-import sys
-import time
+import subprocess
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
-
 from llmx.errors import IntegrityError
+from llmx.interpreter import python_command, python_environment
 
-SECONDS = 5.0
-CHARACTERS = 4_000_000
 TEMPLATE_BYTES = 2_000_000
 DEFAULT = "default"
-WIDE_FORMAT = re.compile(r"\d{5}")
+ANSWER_SECONDS = 60.0  # for a process that is not let run; its own limit counts what it computes
+_SANDBOX = "llmx.models.template_sandbox"
 
 
 def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -81,111 +74,89 @@ def check_template(template: str, where: object = None) -> None:
 
     Raises: IntegrityError with the line that is wrong.
     """
-    try:
-        _environment().from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        line = (template.splitlines() or [""])[min(error.lineno, len(template.splitlines())) - 1]
+    answer = _SANDBOXES.ask({"template": template})
+    if "error" in answer:
+        lines, number = template.splitlines() or [""], answer.get("line")
+        place = "" if number is None else f"line {number}: "
         raise IntegrityError(
-            f"the chat template does not parse: line {error.lineno}: {error.message}",
-            problems=[line.strip()[:200]],
+            f"the chat template does not parse: {place}{answer['error']}",
+            problems=[] if number is None else [lines[min(number, len(lines)) - 1].strip()[:200]],
             where=where,
-        ) from error
+        )
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **names: Any) -> str:
     """Returns the text of a conversation. names: what else the template may use (bos_token, eos_token, tools, ...).
 
-    Raises: IntegrityError when the template fails, refuses the messages, or runs too long.
+    Raises: IntegrityError when the template fails, refuses the messages, or takes too much time or memory.
     """
-    variables = {"messages": messages, "tools": None, "documents": None, **names}
-    try:
-        with _deadline(SECONDS):
-            parts, size = [], 0
-            compiled = _environment().from_string(template)
-            for part in compiled.generate(add_generation_prompt=add_generation_prompt, **variables):
-                size += len(part)
-                if size > CHARACTERS:
-                    raise TemplateLimitError(f"more than {CHARACTERS} characters")
-                parts.append(part)
-    except (jinja2.TemplateError, TemplateLimitError) as error:
-        raise IntegrityError(f"the chat template cannot render this conversation: {error}") from error
-    except (TypeError, ValueError, KeyError, AttributeError, RecursionError, ArithmeticError) as error:
-        raise IntegrityError(f"the chat template fails with {type(error).__name__}: {error}") from error
-    return "".join(parts)
+    variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    answer = _SANDBOXES.ask({"template": template, "variables": {**variables, **names}})
+    if "error" in answer:
+        raise IntegrityError(f"the chat template cannot render this conversation: {answer['error']}")
+    return answer["text"]
 
 
-class TemplateLimitError(Exception):
-    """A template took too long, or made too much."""
+class _Sandboxes:
+    """One process of template_sandbox.py, started when it is needed and again when a template ended it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer; an "error" too where the process ended over it."""
+        line = json.dumps(question, default=dict) + "\n"
+        with self._lock:
+            process = self._started()
+            late = threading.Timer(ANSWER_SECONDS, process.kill)
+            late.daemon = True
+            late.start()
+            try:
+                assert process.stdin is not None and process.stdout is not None
+                process.stdin.write(line)
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except OSError:
+                answer = ""
+            except BaseException:
+                self._stop()  # interrupted between question and answer: the next one would get this one's
+                raise
+            finally:
+                late.cancel()
+            if not answer.endswith("\n"):
+                self._stop()
+                return {"error": "it takes more time or memory than a template may"}
+        return json.loads(answer)
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._stop()
+            self._process = subprocess.Popen(
+                python_command(_SANDBOX, None),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=python_environment(None, {"PYTHONIOENCODING": "utf-8"}),
+                text=True,
+                encoding="utf-8",
+            )
+            self._end = weakref.finalize(self, _end, self._process)  # at exit, too
+        return self._process
+
+    def _stop(self) -> None:
+        self._end()
+        self._process = None
 
 
-class _deadline:  # noqa: N801 - used as a statement
-    """Stops Python code of this thread after some seconds; the tracing function sees every line that runs."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def __enter__(self) -> None:
-        self._before = sys.gettrace()
-        sys.settrace(self._trace)
-
-    def __exit__(self, *exception: object) -> None:
-        sys.settrace(self._before)
-
-    def _trace(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
-        if time.monotonic() > self._end:
-            raise TemplateLimitError(f"more than {SECONDS:g} seconds")
-        return self._trace
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):
+            if stream is not None:
+                stream.close()
+    process.wait()
 
 
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: marks the assistant's words for training; here its body is the text."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Hugging Face's sandbox that also refuses to repeat texts without bound."""
-
-    intercepted_binops = frozenset(("*", "**", "%"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*" and not _repeats_little(left, right):
-            raise TemplateLimitError("a repetition makes more than fits")
-        if operator == "**" and isinstance(right, int) and abs(right) > 64:
-            raise TemplateLimitError(f"the exponent {right}")
-        if operator == "%" and isinstance(left, str) and WIDE_FORMAT.search(left):
-            raise TemplateLimitError("a format that pads without bound")
-        return super().call_binop(context, operator, left, right)
-
-
-def _repeats_little(left: Any, right: Any) -> bool:
-    for part, count in ((left, right), (right, left)):
-        if isinstance(part, str | bytes | list | tuple) and isinstance(count, int):
-            return len(part) * max(count, 0) <= CHARACTERS
-    return True
-
-
-def _environment() -> jinja2.Environment:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+_SANDBOXES = _Sandboxes()

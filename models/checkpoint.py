@@ -107,7 +107,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
 
     A hub id is looked up in the local cache when the hub cannot be reached.
     Raises: UsageError when MODEL is neither a folder nor a hub id; UnsupportedError when it has no safetensors;
-    IntegrityError when shards are missing, cut or disagree with their index; ResourceError when a download fails.
+    IntegrityError when it has pickles instead, or shards are missing, cut or disagree with their index; ResourceError
+    when a download fails.
     """
     path = Path(model)
     if str(model) and path.is_dir():
@@ -182,8 +183,8 @@ def _refuse_other_kinds(folder: Path) -> None:
             "Give the folder that holds config.json and *.safetensors.",
         ),
         (
-            not safetensors and any_file("*.bin", "*.pt", "*.pth", "*.ckpt"),
-            UnsupportedError,
+            not safetensors and any_file("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"),
+            IntegrityError,
             "This checkpoint has pickle files only; opening one can run any code, so it is refused.",
             "Convert it to safetensors: load it with transformers where you trust it, then save_pretrained().",
         ),

@@ -71,7 +71,7 @@ def read_settings(config: Mapping[str, Any], settings: Mapping[str, Setting], pr
         values[name] = value
         wanted, valid = VALUE_KINDS[rule.kind]
         if not (valid(value) or (value is None and rule.nullable)):
-            problems.append(f"{next(iter(given), rule.names[0])}: {wanted} is expected, not {value!r}")
+            problems.append(f"{next(iter(given), rule.names[0])}: {wanted} is expected, not {shown(value)}")
             values[name] = rule.default
     return values
 

@@ -329,7 +329,8 @@ def describe(config: Mapping[str, Any], tensor_names: Iterable[str] | None = Non
     """The architecture that config.json describes.
 
     tensor_names: the checkpoint's; they decide between spellings (prefixes, fused experts). None takes the usual one.
-    Raises: UnsupportedError for an unknown family, or naming every key that llmx does not know or implement.
+    Raises: UnsupportedError for an unknown family, or naming every key that llmx does not know or implement;
+    IntegrityError for values that no model has.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmx.errors import UnsupportedError
+from llmx.errors import IntegrityError, UnsupportedError
 from llmx.models.architecture import Activation, Architecture, LayerKind, NormKind, Role, Source, TensorSpec
 from llmx.models.config import Setting, read_settings, unknown_keys
 from llmx.models.rope_config import RopeRule, read_ropes
@@ -27,7 +27,9 @@ LAYER_KINDS: dict[str, LayerKind] = {
     "attention": "full",
     "sliding_attention": "sliding",
 }
-LARGEST_COUNT = 1_000_000  # layers times experts; a config that asks for more is a mistake or an attack
+# A config that asks for more is a mistake or an attack. Both are made into records before a tensor is looked for.
+MOST_LAYERS = 1 << 13
+LARGEST_COUNT = 1 << 18  # layers times experts
 
 # Settings that the architecture takes as they are.
 COPIED = (
@@ -128,10 +130,13 @@ def patterned_sliding(values: Mapping[str, Any]) -> list[LayerKind]:
 def fill_in(family: Family, config: Mapping[str, Any], names: frozenset[str]) -> Architecture:
     """The family's record with this config's numbers.
 
-    Raises: UnsupportedError listing every key that is unknown, malformed, or asks for what llmx does not implement.
+    Raises: UnsupportedError listing every key that is unknown or asks for what llmx does not implement; IntegrityError
+    where one is malformed, or there are too many layers.
     """
     problems: list[str] = []
     values = read_settings(config, family.settings, problems)
+    broken = bool(problems)  # a number of layers below 0 is nobody's feature
+    _check_size(values)
     _derive(values, problems)
     rope = local_rope = None
     if family.rope is not None:
@@ -142,11 +147,9 @@ def fill_in(family: Family, config: Mapping[str, Any], names: frozenset[str]) ->
     if values["activation"] not in ACTIVATIONS:
         problems.append(f"activation {values['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
     if problems:
-        raise UnsupportedError(
-            f"This {family.model_type} checkpoint asks for what llmx does not implement.",
-            where="config.json",
-            problems=problems,
-        )
+        what = "has numbers that no model has" if broken else "asks for what llmx does not implement"
+        refusal = IntegrityError if broken else UnsupportedError
+        raise refusal(f"This {family.model_type} checkpoint {what}.", where="config.json", problems=problems)
     sliding = "sliding" in kinds
     return Architecture(
         family=family.model_type,
@@ -165,6 +168,15 @@ def fill_in(family: Family, config: Mapping[str, Any], names: frozenset[str]) ->
     )
 
 
+def _check_size(values: Mapping[str, Any]) -> None:
+    """Raises: IntegrityError where there are too many layers or experts to make a list of."""
+    layers, experts = values["layers"], values.get("experts") or 0
+    if layers > MOST_LAYERS or layers * experts > LARGEST_COUNT:
+        what = f"{layers} layers of {experts} experts are no model"
+        limits = f"at most {MOST_LAYERS} layers, and {LARGEST_COUNT} experts in all, are read"
+        raise IntegrityError(f"{what}: {limits}.", where="config.json")
+
+
 def _derive(values: dict[str, Any], problems: list[str]) -> None:
     """Fill in the values that follow from others, as transformers' configuration classes do."""
     if values.get("kv_heads") is None:
@@ -181,8 +193,6 @@ def _derive(values: dict[str, Any], problems: list[str]) -> None:
     values["attention_scale"] = scale if values.get("scaled_attention", True) else 1.0
     experts = values.setdefault("experts", 0)
     used = values.setdefault("experts_used", 0)
-    if values["layers"] * max(experts, 1) > LARGEST_COUNT:
-        raise UnsupportedError(f"{values['layers']} layers of {experts} experts are no model.", where="config.json")
     if experts == 1:
         problems.append("one expert is no mixture of experts")
     if used > experts:

@@ -23,7 +23,8 @@ from llmx.models.sentencepiece_model import read_model
 from llmx.models.tokenizer_json import read_vocabulary
 from llmx.models.vocabulary import AddedToken, Encoder, Kind, Vocabulary, added_token
 
-FILE_BYTES = 256 << 20
+FILE_BYTES = 128 << 20  # four times the largest tokenizer.json known
+SIGNS = 1 << 23  # of JSON; a vocabulary of 262,144 with its merges has about 2,100,000
 ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 # Where no file names the role, a special token of this name has it.
 USUAL_NAMES = {
@@ -144,7 +145,7 @@ def _vocabulary(folder: Path, config: Mapping[str, Any]) -> tuple[Vocabulary, En
     path = folder / "tokenizer.json"
     if path.is_file():
         data = _bounded(path)
-        vocabulary = read_vocabulary(parse_object(data, path), path, cleans_spaces)
+        vocabulary = read_vocabulary(parse_object(data, path, SIGNS), path, cleans_spaces)
         return vocabulary, JsonEncoder(data.decode("utf-8"), path)
     path = folder / "tokenizer.model"
     if path.is_file():

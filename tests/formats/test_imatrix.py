@@ -6,26 +6,20 @@ router never chooses (2 chunks of 64 tokens).
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile_imatrix import DAMAGED_GGUF, DAMAGED_LEGACY, END, entry, gguf_file, integer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmx.errors import IntegrityError, LlmxError, UnsupportedError, UsageError
-from llmx.formats.gguf import TensorInfo, array, layout, read_gguf, text, u32
+from llmx.formats.gguf import read_gguf
 from llmx.formats.imatrix import read_imatrix, write_imatrix
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPERTS = "blk.0.ffn_down_exps.weight"
-KEYS = {
-    "general.type": text("imatrix"),
-    "imatrix.datasets": array("str", ["calib.txt"]),
-    "imatrix.chunk_count": u32(2),
-    "imatrix.chunk_size": u32(64),
-}
 
 
 def test_the_gguf_kind_holds_mean_squares_for_each_expert() -> None:
@@ -47,10 +41,10 @@ def test_both_kinds_of_one_run_agree() -> None:
     new, legacy = read_imatrix(GOLDEN / "imatrix.gguf"), read_imatrix(GOLDEN / "imatrix.dat")
     assert (legacy.datasets, legacy.chunk_count, legacy.chunk_size) == (("calib.txt",), 2, 0)
     assert legacy.entries.keys() == new.entries.keys()
-    for name, entry in new.entries.items():
-        rows = legacy.rows(name, *entry.shape)
+    for name, kept in new.entries.items():
+        rows = legacy.rows(name, *kept.shape)
         assert rows is not None
-        np.testing.assert_allclose(rows, entry, rtol=1e-6)
+        np.testing.assert_allclose(rows, kept, rtol=1e-6)
 
 
 def test_a_weight_of_another_shape_is_refused() -> None:
@@ -79,44 +73,6 @@ def test_a_missing_file_and_a_model_are_refused(tmp_path: Path) -> None:
         read_imatrix(GOLDEN / "container.gguf")
 
 
-def gguf_file(path: Path, tensors: dict[str, np.ndarray], metadata: dict | None = None) -> Path:
-    planned = layout(
-        KEYS if metadata is None else metadata,
-        [
-            TensorInfo(name, "F16" if values.dtype == np.float16 else "F32", values.shape)
-            for name, values in tensors.items()
-        ],
-    )
-    whole = bytearray(planned.size)
-    whole[: len(planned.header)] = planned.header
-    for name, values in tensors.items():
-        place = planned.placements[name]
-        whole[place.offset : place.offset + place.nbytes] = values.tobytes()
-    path.write_bytes(whole)
-    return path
-
-
-ones = np.ones((2, 4), np.float32)
-two = np.ones((2, 1), np.float32)
-DAMAGED_GGUF = {
-    "no entries": ({"other": ones}, None, "no entries"),
-    "no counts": ({"w.in_sum2": ones}, None, "w: .counts is missing"),
-    "no sums": ({"w.counts": two}, None, "w: .in_sum2 is missing"),
-    "half floats": ({"w.in_sum2": ones.astype(np.float16), "w.counts": two}, None, "not F32"),
-    "not a number": ({"w.in_sum2": ones * np.nan, "w.counts": two}, None, "not finite"),
-    "negative sum": ({"w.in_sum2": -ones, "w.counts": two}, None, "negative"),
-    "negative count": ({"w.in_sum2": ones, "w.counts": -two}, None, "negative"),
-    "a count too large": ({"w.in_sum2": ones, "w.counts": two * np.float32(1e30)}, None, "a count is above"),
-    "uneven": ({"w.in_sum2": ones, "w.counts": np.ones((3, 1), np.float32)}, None, "8 sums for 3 experts"),
-    "no keys": ({"w.in_sum2": ones, "w.counts": two}, {"general.type": text("imatrix")}, "imatrix.datasets is missing"),
-    "key of another type": (
-        {"w.in_sum2": ones, "w.counts": two},
-        {**KEYS, "imatrix.chunk_size": text("64")},
-        "imatrix.chunk_size is str instead of u32",
-    ),
-}
-
-
 @pytest.mark.parametrize(("tensors", "metadata", "named"), DAMAGED_GGUF.values(), ids=DAMAGED_GGUF)
 def test_a_damaged_gguf_kind_is_refused(tmp_path: Path, tensors: dict, metadata: dict | None, named: str) -> None:
     with pytest.raises(IntegrityError) as refused:
@@ -124,18 +80,6 @@ def test_a_damaged_gguf_kind_is_refused(tmp_path: Path, tensors: dict, metadata:
     assert named in str(refused.value)
 
 
-def integer(value: int) -> bytes:
-    return struct.pack("<i", value)
-
-
-def entry(
-    name: bytes = b"w", calls: int = 2, values: tuple[float, ...] = (2.0, 4.0), count: int | None = None
-) -> bytes:
-    many = len(values) if count is None else count
-    return integer(len(name)) + name + integer(calls) + integer(many) + struct.pack(f"<{len(values)}f", *values)
-
-
-END = integer(7) + integer(4) + b"text"
 LEGACY = {
     "whole": (integer(1) + entry() + END, (("text",), 7, [1.0, 2.0])),
     "without the end": (integer(1) + entry(), ((), 0, [1.0, 2.0])),
@@ -150,27 +94,6 @@ def test_every_form_of_the_legacy_kind_is_read(tmp_path: Path, raw: bytes, expec
     path.write_bytes(raw)
     read = read_imatrix(path)
     assert (read.datasets, read.chunk_count, read.entries["w"].tolist()) == (*expected[:2], [expected[2]])
-
-
-DAMAGED_LEGACY = {
-    "empty": b"",
-    "no entries": integer(0) + END,
-    "negative number of entries": integer(-1) + entry(),
-    "too many entries": integer(2**30) + entry(),
-    "one entry too many": integer(2) + entry() + END,
-    "name length": integer(1) + integer(2**30) + bytes(40),
-    "negative name length": integer(1) + integer(-5) + bytes(40),
-    "empty name": integer(1) + entry(name=b"") + END,
-    "name not UTF-8": integer(1) + entry(name=b"\xff") + END,
-    "negative calls": integer(1) + entry(calls=-1) + END,
-    "no values": integer(1) + entry(values=()) + END,
-    "too many values": integer(1) + entry(count=2**30) + END,
-    "negative values": integer(1) + entry(values=(1.0, -1.0)) + END,
-    "not a number": integer(1) + entry(values=(float("nan"),)) + END,
-    "the same entry twice": integer(2) + entry() + entry() + END,
-    "cut in the end": integer(1) + entry() + END[:-2],
-    "bytes after the end": integer(1) + entry() + END + b"more",
-}
 
 
 @pytest.mark.parametrize("raw", DAMAGED_LEGACY.values(), ids=DAMAGED_LEGACY)

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hostile_safetensors import HOSTILE, PAIR, safetensors_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmx.errors import IntegrityError, LlmxError, UsageError
 from llmx.formats.json_text import parse_object, read_object
 from llmx.formats.safetensors import open_safetensors, shorten, write_safetensors
-
-PAIR = {
-    "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
-    "b": {"dtype": "BF16", "shape": [3], "data_offsets": [16, 22]},
-}
-
-
-def _file(path: Path, header: Any, data: bytes = bytes(22)) -> Path:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    return path
-
-
-def _with(name: str, **changes: Any) -> dict[str, Any]:
-    return {**PAIR, name: {**PAIR[name], **changes}}
 
 
 def test_files_of_the_reference_library_are_read(tmp_path: Path) -> None:
@@ -76,7 +61,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
 
 
 def test_a_range_of_bytes_is_a_view_and_survives_release(tmp_path: Path) -> None:
-    file = open_safetensors(_file(tmp_path / "x.safetensors", PAIR, bytes(range(22))))
+    file = open_safetensors(safetensors_file(tmp_path / "x.safetensors", PAIR, bytes(range(22))))
     view = file.bytes("b", 2, 4)
     assert view.tolist() == [18, 19] and not view.flags.writeable
     file.release("b", 2, 4)
@@ -84,46 +69,17 @@ def test_a_range_of_bytes_is_a_view_and_survives_release(tmp_path: Path) -> None
     assert file.bytes("b", 2, 4).tolist() == [18, 19]
 
 
-HOSTILE: dict[str, tuple[Any, str]] = {
-    "a range past the end": (_with("b", shape=[4], data_offsets=[16, 24]), "past the end of the file"),
-    "ranges that overlap": (_with("b", data_offsets=[14, 20]), "inside the tensor before it"),
-    "a gap between tensors": (_with("a", shape=[3], data_offsets=[0, 12]), "belong to no tensor"),
-    "bytes after the last tensor": ({"a": PAIR["a"]}, "the last 6 bytes"),
-    "a shape that does not fill its range": (_with("a", shape=[2, 3]), "takes 24 bytes, not 16"),
-    "a range that ends before it begins": (_with("a", data_offsets=[16, 0]), "is no range"),
-    "three offsets": (_with("a", data_offsets=[0, 8, 16]), "is no range"),
-    "a negative dimension": (_with("a", shape=[-2, -2]), "whole numbers"),
-    "a dimension that is a flag": (_with("a", shape=[True, 4]), "whole numbers"),
-    "a dimension beyond 63 bits": (_with("a", shape=[1 << 63, 0]), "whole numbers"),
-    "a fractional offset": (_with("a", data_offsets=[0, 16.0]), "whole numbers"),
-    "a shape whose product overflows": (_with("a", shape=[1 << 62, 1 << 62]), "takes"),
-    "seventeen dimensions": (_with("a", shape=[1] * 17), "the limit is 16"),
-    "an unknown dtype": (_with("a", dtype="F31"), "unknown dtype 'F31'"),
-    "a dtype that is no text": (_with("a", dtype=["F32"]), "unknown dtype"),
-    "an entry with more keys": (_with("a", extra=1), "exactly dtype, shape and data_offsets"),
-    "an entry that is no object": ({**PAIR, "a": 1}, "exactly dtype, shape and data_offsets"),
-    "metadata that is no map of texts": ({**PAIR, "__metadata__": {"x": 1}}, "map of texts"),
-    "a header that is a list": ([1, 2], "object was expected"),
-    "a header that is no JSON": (b'{"a": ', "not valid JSON"),
-    "a header that is no UTF-8": (b'{"\xff": 1}', "not valid JSON"),
-    "a key that comes twice": (b'{"a": 1, "a": 2}', "given twice"),
-    "a constant that JSON lacks": (b'{"a": NaN}', "NaN"),
-    "a number of many digits": (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
-    "brackets nested too deep": (b'{"a": ' + b"[" * 100_000 + b"}", "not valid JSON"),
-}
-
-
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_header_is_refused(name: str, tmp_path: Path) -> None:
     header, message = HOSTILE[name]
     with pytest.raises(IntegrityError, match=message):
-        open_safetensors(_file(tmp_path / "x.safetensors", header))
+        open_safetensors(safetensors_file(tmp_path / "x.safetensors", header))
 
 
 def test_every_problem_of_a_header_is_listed_at_once(tmp_path: Path) -> None:
     header = {"a": {"dtype": "X", "shape": [1], "data_offsets": [0, 1]}, "b": 5}
     with pytest.raises(IntegrityError) as caught:
-        open_safetensors(_file(tmp_path / "x.safetensors", header))
+        open_safetensors(safetensors_file(tmp_path / "x.safetensors", header))
     assert len(caught.value.problems) == 2
     assert caught.value.where == str(tmp_path / "x.safetensors")
 
@@ -141,7 +97,7 @@ def test_a_file_shorter_than_its_prefix_is_refused(size: int, tmp_path: Path) ->
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
-    whole = _file(tmp_path / "whole.safetensors", PAIR).read_bytes()
+    whole = safetensors_file(tmp_path / "whole.safetensors", PAIR).read_bytes()
     for length in range(len(whole)):
         (tmp_path / "cut.safetensors").write_bytes(whole[:length])
         with pytest.raises(IntegrityError):
@@ -160,7 +116,7 @@ def test_a_changed_byte_is_refused_or_read_within_bounds(
     tmp_path_factory: pytest.TempPathFactory, place: int, value: int
 ) -> None:
     folder = tmp_path_factory.mktemp("flip", numbered=True)
-    data = bytearray(_file(folder / "x.safetensors", PAIR).read_bytes())
+    data = bytearray(safetensors_file(folder / "x.safetensors", PAIR).read_bytes())
     data[place % len(data)] = value
     (folder / "x.safetensors").write_bytes(data)
     try:

@@ -82,10 +82,15 @@ def test_other_folders_and_files_are_no_engines(folder: Path) -> None:
     assert tensorrt.engine_folder(folder / "model.onnx") is None
     told(folder, producer="somebody")
     assert tensorrt.engine_folder(folder) is None
-    (folder / tensorrt.CONFIG_NAME).write_text("{")
-    assert tensorrt.engine_folder(folder) is None
     (folder / tensorrt.ENGINE_NAME).unlink()
     assert tensorrt.engine_folder(folder) is None
+
+
+def test_an_engine_beside_a_broken_config_is_one_all_the_same(folder: Path) -> None:
+    (folder / tensorrt.CONFIG_NAME).write_text("{")
+    assert tensorrt.engine_folder(folder) == folder
+    with pytest.raises(IntegrityError, match="not valid JSON"):
+        tensorrt.read_config(folder)
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,8 @@ def _touch(*names: str) -> Callable[[Path], None]:
 
 FOLDERS: dict[str, tuple[Callable[[Path], None], type[LlmxError], str]] = {
     "an empty folder": (_touch(), UsageError, "no config.json"),
-    "pickle files only": (_touch("config.json", "pytorch_model.bin"), UnsupportedError, "can run any code"),
-    "an old .pt file": (_touch("config.json", "weights.pt"), UnsupportedError, "save_pretrained"),
+    "pickle files only": (_touch("config.json", "pytorch_model.bin"), IntegrityError, "can run any code"),
+    "an old .pt file": (_touch("config.json", "weights.pt"), IntegrityError, "save_pretrained"),
     "an adapter": (_touch("adapter_config.json", "adapter_model.safetensors"), UnsupportedError, "Merge it"),
     "no weights": (_touch("config.json"), UnsupportedError, "no \\*.safetensors"),
 }
