@@ -58,10 +58,11 @@ FLOAT_ROLES: frozenset[Role] = frozenset({"embedding", "position_embedding", "ro
 
 _EVEN: tuple[Role, ...] = ("q", "k", "v", "o", "gate", "up", "expert_gate", "expert_up")
 
-# Whose inputs are rounded. Those of `down` have few huge values in few tokens, and TensorRT has no scales by row: with
-# int8 they cost four to eight times what all others do (KL on models of 42 M and 3 M: 0.0016 and 0.0016 with `down`,
-# 0.0002 and 0.0004 without; 0.0009 and 0.0010 with it and SmoothQuant, which does not carry over to other text). FP8
-# keeps large and small values alike: 0.0018 and 0.0038 with `down`, 0.0016 and 0.0034 without.
+# Whose inputs are rounded. Those of `down` have few huge values in few tokens. On one int8 scale they cost more than
+# all others do: KL 0.0016 with `down` on models of 42 M and 3 M, 0.0002 and 0.0004 without; 0.0009 and 0.0010 with it
+# and SmoothQuant, which made it worse on another text than the calibration's (0.0081 after 0.0048); 0.0005 and 0.0006
+# with a scale for each of its rows. FP8 keeps large and small values alike: 0.0018 and 0.0038 with `down`, 0.0016 and
+# 0.0034 without. `python bench/static_inputs.py` measures it.
 STATIC_ROLES: Mapping[Kind, frozenset[Role]] = {
     "int8": frozenset(_EVEN),
     "fp8": frozenset((*_EVEN, "down", "expert_down")),
