@@ -17,7 +17,7 @@ from llmx.exporters.gguf_tensors import entries, restore
 from llmx.exporters.sparsity import SPARSITY_KEY, Sparsity, keeps_zeros, prunable, pruned_by_magnitude, read_sparsity
 from llmx.formats.gguf import read_gguf
 from llmx.models.model import open_model
-from llmx.quant.recipe import Recipe, resolve
+from llmx.quant.recipe import Recipe, Tensor, resolve
 from llmx.quant.sparsity import by_magnitude, crowded, find_pattern
 from llmx.validate.kinds import find_kind
 
@@ -199,7 +199,9 @@ def test_what_llmx_does_not_write_is_no_sparsity(text: str) -> None:
 def test_a_pruned_model_reads_zeros_and_leaves_the_rest_as_stored(solvable: Callable[[str], Path]) -> None:
     model = open_model(solvable("mixtral"))
     specs = model.architecture.tensors
-    tensors = [(spec.name, spec.role, spec.layer, model.architecture.layers) for spec in specs if spec.part == "weight"]
+    tensors: list[Tensor] = [
+        (spec.name, spec.role, spec.layer, model.architecture.layers) for spec in specs if spec.part == "weight"
+    ]
     resolved = {got.name: got for got in resolve(Recipe("r", "F16", "magnitude", sparsity="2:4"), tensors)}
     pruned = pruned_by_magnitude(model, resolved)
     for spec in specs:
