@@ -14,6 +14,7 @@ from llmx.models.architecture import Activation, Architecture, Rope
 
 DTYPES: Mapping[str, str] = {"F16": "float16", "BF16": "bfloat16"}
 ELSEWHERE = "--layout hf"
+WINDOWS = "max_attention_window_size"
 FLOAT8: Mapping[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
 # The class that TensorRT-LLM's MODEL_MAP knows a family by.
 CLASSES: Mapping[str, str] = {
@@ -114,7 +115,18 @@ def rank_config(a: Architecture, mesh: Mesh, told: Mapping[str, Any], floats: st
         "quantization": told,
     }
     rotary = {} if a.rope is None else {"rotary_base": a.rope.theta, "rotary_scaling": _scaling(a.rope)}
-    return written({**shared, **rotary, **_OWN.get(a.family, _llama)(a)})
+    return written({**shared, **rotary, **_windows(a), **_OWN.get(a.family, _llama)(a)})
+
+
+def _windows(a: Architecture) -> dict[str, Any]:
+    """The positions that each layer looks back at, as whoever runs the engine has to give them; gemma has its own keys.
+
+    TensorRT-LLM's classes read no such key; `llmx validate` does.
+    """
+    if "sliding" not in a.layer_kinds or a.family in SHARDED_EMBEDDING:
+        return {}
+    sizes = {"sliding": a.sliding_window, "full": a.context_length}
+    return {WINDOWS: [sizes[kind] for kind in a.layer_kinds]}
 
 
 def _scaling(rope: Rope) -> dict[str, Any] | None:

@@ -75,7 +75,7 @@ def config_differences(folder: Folder, model: Model) -> list[str]:
     if a.local_rope is not None:
         tables.append(("", OF_GEMMA, told))
     found = [clause for prefix, table, values in tables for clause in _compared(a, prefix, table, values)]
-    return [*found, *_width(a, told), *_activation(a, told), *_scaling(a, told)]
+    return [*found, *_width(a, told), *_activation(a, told), *_scaling(a, told), *_windows(a, told)]
 
 
 def _compared(a: Architecture, prefix: str, table: Mapping[str, Number], told: Mapping[str, Any]) -> Iterator[str]:
@@ -129,3 +129,11 @@ def _scaling(a: Architecture, told: Mapping[str, Any]) -> Iterator[str]:
                 scaling.get(key, 1.0 if key == "factor" else None), wanted
             ):
                 yield f"rotary_scaling.{key} is {scaling.get(key, ABSENT)}, the checkpoint's {wanted}"
+
+
+def _windows(a: Architecture, told: Mapping[str, Any]) -> Iterator[str]:
+    """What each layer looks back at, where it is told: no class of TensorRT-LLM reads it."""
+    sizes = {"sliding": a.sliding_window, "full": a.context_length}
+    wanted, found = [sizes[kind] for kind in a.layer_kinds], told.get("max_attention_window_size")
+    if found is not None and found != wanted:
+        yield f"max_attention_window_size is {found}, the checkpoint's {wanted}"

@@ -106,8 +106,36 @@ def _llama(told: Config) -> dict[str, Any]:
     return {**_common(told), "attention_bias": told.get("attn_bias", False), "mlp_bias": told.get("mlp_bias", False)}
 
 
+def _windows(told: Config) -> list[int] | None:
+    """What each layer looks back at, where any looks back at less than the context; see exporters/trtllm_config.py."""
+    found = told.get("max_attention_window_size")
+    return None if found is None or min(found) >= told["max_position_embeddings"] else list(found)
+
+
+def _one_window(told: Config) -> dict[str, Any]:
+    """`sliding_window` of a model whose layers all slide. Raises: ValueError where some do and some do not."""
+    windows = _windows(told)
+    if windows is not None and len(set(windows)) > 1:
+        raise ValueError("its layers have several windows, and this model's have one")
+    return {"sliding_window": None if windows is None else windows[0]}
+
+
+def _late_windows(told: Config) -> dict[str, Any]:
+    """The same of Qwen's models, any of whose layers may slide."""
+    windows = _windows(told)
+    if windows is None:
+        return {}
+    kinds = {True: "sliding_attention", False: "full_attention"}
+    return {
+        "use_sliding_window": True,
+        "sliding_window": min(windows),
+        "max_window_layers": sum(size > min(windows) for size in windows),
+        "layer_types": [kinds[size == min(windows)] for size in windows],
+    }
+
+
 def _mistral(told: Config) -> dict[str, Any]:
-    return {**_common(told), "sliding_window": None}
+    return {**_common(told), **_one_window(told)}
 
 
 def _mixtral(told: Config) -> dict[str, Any]:
@@ -116,17 +144,21 @@ def _mixtral(told: Config) -> dict[str, Any]:
 
 
 def _qwen2(told: Config) -> dict[str, Any]:
-    return {key: value for key, value in _common(told).items() if key != "head_dim"}
+    return {**{key: value for key, value in _common(told).items() if key != "head_dim"}, **_late_windows(told)}
 
 
 def _qwen3(told: Config) -> dict[str, Any]:
-    return {**_common(told), "attention_bias": told.get("attn_bias", False)}
+    return {**_common(told), "attention_bias": told.get("attn_bias", False), **_late_windows(told)}
 
 
 def _qwen3_moe(told: Config) -> dict[str, Any]:
     moe = told["moe"]
+    window = _one_window(told)
     return {
-        **_qwen3(told),
+        **_common(told),
+        "attention_bias": told.get("attn_bias", False),
+        **window,
+        "use_sliding_window": window["sliding_window"] is not None,
         "num_experts": moe["num_experts"],
         "num_experts_per_tok": moe["top_k"],
         "norm_topk_prob": moe["normalization_mode"] == NORMALIZED,
@@ -167,7 +199,7 @@ def _phi3(told: Config) -> dict[str, Any]:
             "original_max_position_embeddings": told["original_max_position_embeddings"],
         }
     common = {key: value for key, value in _common(told).items() if key != "head_dim"}
-    found = {**common, "rope_parameters": rope, "sliding_window": None}
+    found = {**common, "rope_parameters": rope, **_one_window(told)}
     if "original_max_position_embeddings" in told:
         found["original_max_position_embeddings"] = told["original_max_position_embeddings"]
     return found

@@ -162,7 +162,15 @@ def test_an_algorithm_that_nothing_emulates_is_refused(opened, tmp_path):
 # Ranks: every family's configuration, there and back.
 
 LLAMAS = ("llama, all biases", "llama, llama3 rope")
-FAMILIES = (*LLAMAS, "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3", "phi3", "gpt2")
+WINDOWS = (
+    "mistral past its window",
+    "mixtral past its window",
+    "phi3 past its window",
+    "qwen2, its later layers slide",
+    "qwen3, its later layers slide",
+    "qwen3_moe past its window",
+)
+FAMILIES = (*LLAMAS, "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3", "phi3", "gpt2", *WINDOWS)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
