@@ -15,6 +15,7 @@ import click
 
 from llmx import commands_artifact, commands_compare, options
 from llmx.errors import LlmxError
+from llmx.printing import harmless
 
 
 @click.group(
@@ -206,7 +207,7 @@ def main() -> None:
     except LlmxError as error:
         if options.JSON_OPTION in sys.argv:
             options.print_json({"error": error.to_json()})
-        click.echo(f"error: {error}", err=True)
+        click.echo(harmless(f"error: {error}"), err=True)
         sys.exit(error.exit_code)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from llmx import options
+from llmx.printing import harmless
 
 
 @click.command(short_help="Compare an artifact's bytes with its manifest.")
@@ -132,4 +133,4 @@ def _lines() -> Iterator[str]:
 
 
 def _show(text: str) -> None:
-    click.echo(text, nl=False)
+    click.echo(harmless(text), nl=False)

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmx.printing import on_one_line
+
 if TYPE_CHECKING:
     from llmx.exporting import ExportResult
     from llmx.measuring import CalibrateResult
@@ -170,7 +172,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int = 16
 
     table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(on_one_line(cell)) for cell in row))
     out = io.StringIO()
     Console(file=out, width=width, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmx.printing import on_one_line
+
 if TYPE_CHECKING:
     from llmx.chatting import Turn
     from llmx.differing import Differences
@@ -20,6 +22,7 @@ def verified(found: Verification) -> str:
     ]
     signed = "signature and hashes hold" if found.signed else "hashes hold (no signature was asked for)"
     counted = f"{found.files} files, {found.tensors} tensors, {found.nbytes:,} bytes"
+    lines = [on_one_line(line) for line in lines]
     return "\n".join([*lines, f"not what the manifest says: {found.manifest}"] if lines else [f"{signed}: {counted}"])
 
 
@@ -28,10 +31,10 @@ def differences(found: Differences) -> str:
     lines = [f"--- {found.first}", f"+++ {found.second}"]
     for title, changes in (("metadata", found.metadata), ("tokenizer", found.tokenizer)):
         if changes:
-            lines += [title, *(f"  {change}" for change in changes)]
+            lines += [title, *(f"  {on_one_line(str(change))}" for change in changes)]
     changed = [tensor for tensor in found.tensors if tensor.differs]
     if changed:
-        lines += ["tensors", *(f"  {tensor}" for tensor in changed[:_SHOWN])]
+        lines += ["tensors", *(f"  {on_one_line(str(tensor))}" for tensor in changed[:_SHOWN])]
         if len(changed) > _SHOWN:
             lines.append(f"  and {len(changed) - _SHOWN} more (--json has all of them)")
     same = len(found.tensors) - len(changed)

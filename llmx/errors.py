@@ -50,9 +50,10 @@ class LlmxError(Exception):
 
     def _text(self) -> str:
         lines = [self.what]
-        lines += [f"  - {problem}" for problem in self.problems]
+        # A stranger's name must not look like a line of ours.
+        lines += ["  - " + problem.replace("\n", "\\n") for problem in self.problems]
         if self.where is not None:
-            lines.append(f"  where: {self.where}")
+            lines.append("  where: " + self.where.replace("\n", "\\n"))
         if self.fix is not None:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)

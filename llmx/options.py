@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from llmx.printing import harmless, harmless_json
+
 JSON_OPTION = "--json"
 
 json_option = click.option(JSON_OPTION, "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -110,8 +112,8 @@ def answer(as_json: bool, value: dict[str, Any], words: Callable[[], str]) -> No
     if as_json:
         print_json(value)
     else:
-        click.echo(words())
+        click.echo(harmless(words()))
 
 
 def print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False))
+    click.echo(harmless_json(json.dumps(value, ensure_ascii=False)))

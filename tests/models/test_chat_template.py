@@ -67,7 +67,7 @@ HOSTILE = {
     "a wrong type": "{{ 1 + 'a' }}",
     "a wide column": "{{ 'a' | center(1000000000) }}",
     "replacements of replacements": "{{ ('a' * 1000) | replace('a', 'b' * 1000) | replace('b', 'c' * 10000) }}",
-    "a text that doubles": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "a text that doubles": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{%endfor%}",
     "lists of lists": "{% set a = [1] * 1000 %}{% set b = [a] * 1000 %}{% set c = [b] * 1000 %}{{ c }}",
     "brackets nested too deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "another file": "{% include '/etc/passwd' %}",
