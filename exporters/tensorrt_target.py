@@ -39,7 +39,6 @@ FOLDER_SUFFIX = "-tensorrt"
 DEFAULT_BITS = 4
 LEVELS = range(6)
 PROFILE_COUNTS = (1, 2)
-SHOWN = 4
 
 
 class TensorRtFormat:

@@ -15,7 +15,6 @@ from llmx.exporters.encoding import GROUP_ENCODINGS
 from llmx.models.architecture import Architecture, Role, TensorSpec
 from llmx.quant.activations import LEVELS, InputScale, Kind, Rounding
 
-FLOAT_NAMES: tuple[str, ...] = ("F32", "F16", "BF16")
 # In the order of preference.
 GROUP_SIZES: tuple[int, ...] = (128, 64, 32)
 FP8 = "fp8-channel-float32"

@@ -33,7 +33,6 @@ BUILD_REPORT_NAME = "build-report.json"
 PRODUCER = "llmx"
 LAYOUT = 1  # of config.json; a key that changes its meaning raises it
 PACKAGES = ("tensorrt", "tensorrt_rtx")
-START = "start"  # the graph's input beside those that formats/onnx.py names
 IN_PLACE, TWO_BUFFERS = "in place", "two buffers"
 CACHES = (IN_PLACE, TWO_BUFFERS)
 _CHUNK = 1 << 22
@@ -87,13 +86,6 @@ class EngineConfig:
     sparsity: str | None = None
     refit: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-
-    def profile(self, name: str) -> int:
-        """The number of the profile of that name. Raises: IntegrityError where there is none."""
-        for number, profile in enumerate(self.profiles):
-            if profile.name == name:
-                return number
-        raise IntegrityError(f"the engine has no profile {name!r}", where=CONFIG_NAME)
 
 
 def config_bytes(config: EngineConfig) -> bytes:

@@ -66,12 +66,6 @@ def test_what_is_written_is_read_back(folder: Path) -> None:
     assert tensorrt.read_config(folder) == portable
 
 
-def test_profiles_are_found_by_their_names() -> None:
-    assert [CONFIG.profile(name) for name in ("prefill", "decode")] == [0, 1]
-    with pytest.raises(IntegrityError, match="no profile 'chunked'"):
-        CONFIG.profile("chunked")
-
-
 @pytest.mark.parametrize("name", ["", tensorrt.ENGINE_NAME, tensorrt.CONFIG_NAME])
 def test_an_engine_is_known_by_its_folder_and_by_its_files(name: str, folder: Path) -> None:
     assert tensorrt.engine_folder(folder / name) == folder
