@@ -158,11 +158,12 @@ class TensorRtDraft:
             wide_head=asked.wide_head,
             sparsity=None if decided.sparsity is None else decided.sparsity.to_text(),
         )
+        limits = tensorrt.limits(architecture, asked.max_batch, asked.max_input, asked.max_length)
         chosen = tensorrt.EngineOptions(
-            tensorrt.limits(architecture, asked.max_batch, asked.max_input, asked.max_length),
+            limits,
             refit=bool(asked.refit),
             portable=bool(asked.portable),
-            profiles=tensorrt.PROFILES[asked.profiles or (1 if self.builder.compiles_late else 2)],
+            profiles=tensorrt.PROFILES[asked.profiles or (1 if self.builder.compiles_late or limits.input == 1 else 2)],
             level=asked.optimization_level,
             timing_cache=asked.timing_cache,
             sparsity=decided.sparsity,

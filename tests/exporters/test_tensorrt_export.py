@@ -255,3 +255,5 @@ def test_a_weakly_typed_builder_is_allowed_the_types_of_its_graph_and_no_others(
     assert tensorrt._flags(export) == flags
     assert export.cache == "two buffers" and len(export.profiles) == 2
     assert {bounds.capacity for bounds in export.profiles} == {(64, 64, 64)}
+    [single] = planned(checkpoint("llama"), type_name, max_input=1).export.profiles
+    assert single.positions == (1, 1, 1)
