@@ -201,14 +201,27 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as stop:
         click.echo("interrupted: nothing was left under the final name", err=True)
+        _tell_notes(stop)
         sys.exit(130)
+    except SystemExit as stop:
+        _tell_notes(stop)
+        raise
     except LlmxError as error:
         if options.JSON_OPTION in sys.argv:
             options.print_json({"error": error.to_json()})
         click.echo(harmless(f"error: {error}"), err=True)
+        _tell_notes(error)
         sys.exit(error.exit_code)
+
+
+def _tell_notes(stop: BaseException | None) -> None:
+    """What was noted on the way out, by whoever keeps work for --resume."""
+    while stop is not None:
+        for note in getattr(stop, "__notes__", ()):
+            click.echo(harmless(note), err=True)
+        stop = stop.__cause__
 
 
 if __name__ == "__main__":

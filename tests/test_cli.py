@@ -427,18 +427,25 @@ def test_a_missing_runtime_exits_7_before_anything_is_written(tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "sign"), [(ROUNDED, ".*partial*/*.gguf"), (QUICK[:4], ".*partial*/solved-*/layers.1.q.weight.rows")]
-)
-def test_asked_to_stop_it_leaves_nothing_behind(options: tuple[str, ...], sign: str, tmp_path: Path) -> None:
-    """While it writes, and while it solves."""
-    out = tmp_path / "out"
+def stopped(options: tuple[str, ...], sign: str, out: Path) -> str:
+    """What an export said that was asked to stop once a file like `sign` was there."""
     command = [sys.executable, "-m", "llmx.cli", "export", str(EXAMPLE), "-o", str(out), *map(str, options)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not any(out.glob(sign)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         process.terminate()
-        process.wait(60)
-    assert process.returncode == 143
-    assert list(out.iterdir()) == []
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, told
+    return told
+
+
+def test_asked_to_stop_while_it_writes_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    stopped(ROUNDED, ".*partial/files/*.gguf", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_asked_to_stop_while_it_solves_it_keeps_what_is_solved_and_says_so(tmp_path: Path) -> None:
+    told = stopped(QUICK[:4], ".*partial/kept/layers.1.q.weight.rows", tmp_path / "out")
+    [folder] = (tmp_path / "out").iterdir()
+    assert folder.name.endswith(".partial") and f"are kept in {folder}: the same command with --resume goes on" in told
