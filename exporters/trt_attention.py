@@ -1,9 +1,9 @@
 """Attention over a cache of fixed places, in the operators of each TensorRT dialect. Heads are f32[B, T, heads, D].
 
     trt      TensorScatter writes the new keys and values into the cache; Attention reads all of it under a mask
-    plain    ScatterElements in the place of TensorScatter; products and a softmax in that of Attention
+    plain    ScatterElements in the place of TensorScatter; products and a softmax in that of Attention, all float32
 
-Queries are scaled before they are rounded to the graph's type, and scores are sums in float32.
+Queries are scaled before they are rounded to the graph's type.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ def turn(run: EngineRun, x: ir.Value, rope: Rope) -> ir.Value:
 
 
 def turn_plainly(run: EngineRun, x: ir.Value, rope: Rope) -> ir.Value:
-    """The same in products and sums: element i of a head pairs with i + dim / 2."""
+    """The same in products and sums: element i of a head pairs with i + dim / 2.
+
+    The other half is looked up: a head put together from two halves would be two kernels more in an engine.
+    """
     graph, half, rest = run.graph, rope.dim // 2, run.architecture.head_dim - rope.dim
-    cos, sin = (graph.node("Unsqueeze", one, graph.constant([2])) for one in run.angles(rope))
-    sizes = [half, half, *([rest] if rest else [])]
-    low, high, *others = graph.outputs(len(sizes), "Split", x, graph.constant(sizes), axis=-1)
-    turned = (
-        graph.node("Sub", graph.node("Mul", low, cos), graph.node("Mul", high, sin)),
-        graph.node("Add", graph.node("Mul", high, cos), graph.node("Mul", low, sin)),
-    )
-    return graph.node("Concat", *turned, *others, axis=-1)
+    head, *others = graph.outputs(2, "Split", x, graph.constant([rope.dim, rest]), axis=-1) if rest else (x,)
+    cos, sin = run.whole_angles(rope)
+    order = graph.constant([*range(half, rope.dim), *range(half)])
+    other = graph.node("Mul", graph.node("Gather", head, order, axis=-1), sin)
+    turned = graph.node("Add", graph.node("Mul", head, cos), other)
+    return graph.node("Concat", turned, *others, axis=-1) if rest else turned
 
 
 def attend(
@@ -62,7 +63,7 @@ def attend_plainly(
     graph, a = run.graph, run.architecture
     q, k, v = heads
     q = graph.node("Mul", q, graph.constant(scale, "float32"))
-    q, *new = (graph.floats(graph.node("Transpose", one, perm=[0, 2, 1, 3])) for one in (q, k, v))
+    q, *new = (graph.node("Transpose", one, perm=[0, 2, 1, 3]) for one in (q, k, v))
     presents = [
         graph.node("ScatterElements", run.cached(layer, part), run.places, update, axis=2)
         for part, update in zip(PARTS, new, strict=True)
@@ -70,12 +71,11 @@ def attend_plainly(
     grouped = a.heads != a.kv_heads
     if grouped:
         q = graph.node("Reshape", q, graph.constant([0, a.kv_heads, -1, a.head_dim]))
-    keys = graph.node("Transpose", presents[0], perm=[0, 1, 3, 2])
-    scores = graph.node("MatMul", wide(run, q), wide(run, keys))
+    scores = graph.node("MatMul", q, graph.node("Transpose", presents[0], perm=[0, 1, 3, 2]))
     if grouped:
         scores = graph.node("Reshape", scores, run.shape(run.batch, a.heads, run.new, run.length))
     nothing = graph.constant(MASKED, "float32")
-    shares = graph.floats(graph.node("Softmax", graph.node("Where", run.seen(window), scores, nothing), axis=-1))
+    shares = graph.node("Softmax", graph.node("Where", run.seen(window), scores, nothing), axis=-1)
     if grouped:
         shares = graph.node("Reshape", shares, run.shape(run.batch, a.kv_heads, -1, run.length))
     mixed = graph.node("MatMul", shares, presents[1])
@@ -86,7 +86,7 @@ def attend_plainly(
 
 def wide(run: EngineRun, x: ir.Value) -> ir.Value:
     """A value of the graph's type in float32."""
-    return x if run.graph.type_name == "F32" else run.graph.cast(x, F32)
+    return x if x.dtype == F32 or run.graph.type_name == "F32" else run.graph.cast(x, F32)
 
 
 def _rows(run: EngineRun, mixed: ir.Value) -> ir.Value:

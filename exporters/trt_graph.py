@@ -37,7 +37,8 @@ GROUPS = (32, 64, 128)  # weights of a group of 4 bits
 class EngineDialect:
     """Which operators a graph may hold. wide_head: whether logits are products in float32, where nobody says.
 
-    fixed_cache: whether a cache has one size in all runs, where that is said.
+    fixed_cache: whether a cache has one size in all runs, where that is said. wide_cache: whether it is float32 in
+    graphs of half precision, too: TensorRT 8 converts a half cache to float32 and back, all of it in every step.
     """
 
     name: str
@@ -45,6 +46,7 @@ class EngineDialect:
     operators: EngineOperators
     wide_head: bool
     fixed_cache: bool
+    wide_cache: bool
 
     @property
     def fixed_types(self) -> bool:
@@ -121,8 +123,8 @@ _PLAIN = EngineOperators(
 ENGINE_DIALECTS: Mapping[str, EngineDialect] = {
     dialect.name: dialect
     for dialect in (
-        EngineDialect("trt", OPSET, _OPERATORS, wide_head=False, fixed_cache=True),
-        EngineDialect("plain", OPSET_PLAIN, _PLAIN, wide_head=True, fixed_cache=False),
+        EngineDialect("trt", OPSET, _OPERATORS, wide_head=False, fixed_cache=True, wide_cache=False),
+        EngineDialect("plain", OPSET_PLAIN, _PLAIN, wide_head=True, fixed_cache=False, wide_cache=True),
     )
 }
 
@@ -173,7 +175,7 @@ def record_engine(
 ) -> ir.Graph:
     """The forward pass as a graph of the dialect, its weights not yet placed. types: of the quantized matrices."""
     architecture = model.architecture
-    run = EngineRun(recorder, architecture, options.capacity, fixed=dialect.fixed_cache)
+    run = EngineRun(recorder, architecture, options.capacity, fixed=dialect.fixed_cache, wide=dialect.wide_cache)
     wide_head = dialect.wide_head if options.wide_head is None else options.wide_head
     products = Products(recorder, scales, dialect.fixed_types)
     ops = EngineOps(run, Matrices(model, types), dialect.operators, products, wide_head=wide_head)

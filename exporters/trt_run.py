@@ -28,14 +28,18 @@ class EngineRun:
     """Values that layers share, each recorded when it is first asked for. B sequences, T new positions, M cached.
 
     capacity: positions that caches have at most, None for the model's context. fixed: M is that number in every run;
-    otherwise a run may bring caches of another size.
+    otherwise a run may bring caches of another size. wide: caches are float32, whatever the graph's type.
     """
 
-    def __init__(self, graph: GraphRecorder, architecture: Architecture, capacity: int | None, *, fixed: bool) -> None:
+    def __init__(
+        self, graph: GraphRecorder, architecture: Architecture, capacity: int | None, *, fixed: bool, wide: bool
+    ) -> None:
         self.graph, self.architecture = graph, architecture
+        self.cache_type = ir.DataType.FLOAT if wide else graph.float_type
         self.longest = capacity or architecture.context_length
         self._fixed = capacity if fixed else None
         self._angles: dict[Rope, Angles] = {}
+        self._whole_angles: dict[Rope, Angles] = {}
         self._seen: dict[int | None, ir.Value] = {}
         self._heads: dict[int, ir.Value] = {}
 
@@ -51,7 +55,7 @@ class EngineRun:
 
     def cached(self, layer: int, part: str) -> ir.Value:
         """float[B, kv heads, M, D]: a layer's keys or values."""
-        return self.graph.input(past(layer, part), self.graph.float_type, self.cache_shape)
+        return self.graph.input(past(layer, part), self.cache_type, self.cache_shape)
 
     @property
     def cache_shape(self) -> tuple[int | str, ...]:
@@ -150,6 +154,16 @@ class EngineRun:
         if rope not in self._angles:
             self._angles[rope] = self._looked_up(rope) if rope.kind != "dynamic" else self._computed(rope)
         return self._angles[rope]
+
+    def whole_angles(self, rope: Rope) -> Angles:
+        """(cos, sin) for both halves of a head at once, each f32[B, T, 1, dim]; sin's first half is negative."""
+        if rope not in self._whole_angles:
+            cos, sin = (self.graph.node("Unsqueeze", one, self.graph.constant([2])) for one in self.angles(rope))
+            self._whole_angles[rope] = (
+                self.graph.node("Concat", cos, cos, axis=-1),
+                self.graph.node("Concat", self.graph.node("Neg", sin), sin, axis=-1),
+            )
+        return self._whole_angles[rope]
 
     def _computed(self, rope: Rope) -> Angles:
         return cos_and_sin(self.graph, rope, self.positions, self.total, narrow=False)
