@@ -1,13 +1,14 @@
 """Decode speed of a float16 engine against the GPU's memory and against compiled torch, in one run.
 
     python bench/engine_speed.py [MODEL …] [--random 1.1] [--engine FOLDER …] [--context 512] [--decode 256]
-        [--modes reduce-overhead,max-autotune] [--rounds 3] [--keep FOLDER] [--json rows.json]
+        [--modes reduce-overhead,max-autotune] [--rounds 3] [--keep FOLDER] [--json rows.json] [--more='--profiles 1']
 
-Each llama MODEL, and the random one of bench/large.py, is exported to an engine (or taken from --engine, in the same
-order) and decodes by Session.speed: one token at a time, batch of one. Three of torch do the same in float16 with a
+Each llama MODEL, and a random one of the shapes of bench/large.py, is exported to an engine (or taken from --engine, in
+the same order) and decodes by Session.speed: one token at a time, batch of one. torch does the same in float16 with a
 static cache of the same capacity: transformers, and a plain llama whose projections are joined, compiled with each mode
 of --modes. Rounds alternate; each gives its best. The limit is what the GPU's memory could do: the measured speed of
-copying over the bytes that a token has to read, that is the matrices and the filled part of the cache.
+copying over the bytes that a token has to read, that is the matrices and the filled part of the cache. All values of
+the random model are drawn anew: TensorRT stores equal matrices once, and would read less than a model's bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,14 +27,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_export import checkpoint
-from safetensors.torch import load_file
+from large import TOKENIZER, config_of
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
+
+from llmx.models.families import describe
 
 PREFILL = 32
 COPIED = 1 << 31  # bytes; far beyond the GPU's cache
 WARM_UPS = 3
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (ids i64[1, 1], position i64[1]) -> the next ids
+
+
+@dataclass
+class Way:
+    """A way to decode. restart: makes its cache one of PREFILL positions."""
+
+    step: Step
+    restart: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -146,11 +158,11 @@ class Llama(torch.nn.Module):
         return functional.linear(self._rms(x, held.norm), held.head).argmax(-1, keepdim=True)
 
 
-def plain(folder: Path, capacity: int, mode: str) -> Step:
-    return torch.compile(Llama(folder, capacity), mode=mode, fullgraph=True)
+def plain(folder: Path, capacity: int, mode: str) -> Way:
+    return Way(torch.compile(Llama(folder, capacity), mode=mode, fullgraph=True))
 
 
-def transformers_step(folder: Path, capacity: int, mode: str) -> Step:
+def of_transformers(folder: Path, capacity: int, mode: str) -> Way:
     from transformers import AutoModelForCausalLM, StaticCache
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.half, attn_implementation="sdpa")
@@ -161,12 +173,17 @@ def transformers_step(folder: Path, capacity: int, mode: str) -> Step:
         found = model(ids, past_key_values=cache, cache_position=position, position_ids=position[None], use_cache=True)
         return found.logits[:, -1].argmax(-1, keepdim=True)
 
+    def restart() -> None:
+        for layer in cache.layers:
+            if (counted := getattr(layer, "cumulative_length", None)) is not None:  # newer versions count by themselves
+                counted.fill_(PREFILL)
+
     with torch.inference_mode():  # the cache is laid out by its first use
         step(torch.zeros(1, 1, dtype=torch.long, device="cuda"), torch.zeros(1, dtype=torch.long, device="cuda"))
-    return torch.compile(step, mode=mode)
+    return Way(torch.compile(step, mode=mode), restart)
 
 
-TORCH: dict[str, Callable[[Path, int, str], Step]] = {"plain": plain, "transformers": transformers_step}
+TORCH: dict[str, Callable[[Path, int, str], Way]] = {"plain": plain, "transformers": of_transformers}
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -183,7 +200,7 @@ def seconds(work: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def decoded_per_second(step: Step, count: int) -> float:
+def decoded_per_second(way: Way, count: int) -> float:
     """Tokens a second after PREFILL positions; each token is what the one before it gave."""
     ids = torch.ones(1, 1, dtype=torch.long, device="cuda")
     position = torch.full((1,), PREFILL, dtype=torch.long, device="cuda")
@@ -192,10 +209,11 @@ def decoded_per_second(step: Step, count: int) -> float:
         current = ids
         for _ in range(count):
             torch.compiler.cudagraph_mark_step_begin()
-            current = step(current, position).clone()
+            current = way.step(current, position).clone()
             position.add_(1)
 
     with torch.inference_mode():
+        way.restart()
         return count / seconds(work)
 
 
@@ -219,6 +237,24 @@ def read_bytes(folder: Path, positions: int) -> tuple[int, int]:
     grouped = config.get("num_key_value_heads") or config["num_attention_heads"]
     cache = 2 * config["num_hidden_layers"] * grouped * size * positions
     return sum(sizes.values()), 2 * (sum(n for name, n in sizes.items() if name not in gathered) + cache)
+
+
+def random_llama(size: str, folder: Path) -> Path:
+    """A checkpoint of those shapes whose matrices all differ; its norms are ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(size)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+    draw = torch.Generator().manual_seed(0)
+    values = {
+        spec.source.names[0]: (
+            torch.ones(spec.shape) if len(spec.shape) == 1 else 0.02 * torch.randn(spec.shape, generator=draw)
+        ).bfloat16()
+        for spec in describe(config).tensors
+    }
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def export(model: Path, target: Path, context: int, *options: str) -> None:
@@ -252,13 +288,13 @@ def measured(model: Path, folder: Path, asked: argparse.Namespace) -> Row:
             for mode in asked.modes.split(","):
                 name, started = f"{kind} {mode}", time.perf_counter()
                 try:
-                    step = TORCH[kind](model, asked.context, mode)
+                    way = TORCH[kind](model, asked.context, mode)
                     for _ in range(WARM_UPS):
-                        decoded_per_second(step, 8)
+                        decoded_per_second(way, 8)
                 except Exception as error:  # noqa: BLE001  # one of torch's ways may fail to compile: shown, not lost
                     row.failed[name] = str(error).splitlines()[0][:200]
                     continue
-                ways[name] = lambda step=step: decoded_per_second(step, asked.decode)
+                ways[name] = lambda way=way: decoded_per_second(way, asked.decode)
                 print(f"  {name}: compiled in {time.perf_counter() - started:.1f} s", flush=True)
         for _ in range(asked.rounds):
             row.engine = max(row.engine, run())
@@ -272,6 +308,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--random", help="a random llama too; of bench/large.py, in billions of weights")
     parser.add_argument("--engine", type=Path, action="append", default=[], help="of each model in order")
+    parser.add_argument("--more", default="", help="more options of llmx export, as one word")
     parser.add_argument("--context", type=int, default=512, help="positions that the caches have room for")
     parser.add_argument("--decode", type=int, default=256)
     parser.add_argument("--modes", default="reduce-overhead", help="of torch.compile")
@@ -285,13 +322,13 @@ def arguments() -> argparse.Namespace:
 def rows(asked: argparse.Namespace, folder: Path) -> Iterator[Row]:
     models: Sequence[Path] = list(asked.models)
     if asked.random:
-        models = [*models, checkpoint(asked.random, folder / f"random-{asked.random}b")]
+        models = [*models, random_llama(asked.random, folder / f"random-{asked.random}b")]
     for number, model in enumerate(models):
         if number < len(asked.engine):
             made = asked.engine[number]
         else:
             made = folder / f"{model.name}-engine"
-            export(model, made, asked.context)
+            export(model, made, asked.context, *shlex.split(asked.more))
         yield measured(model, made, asked)
         torch.compiler.reset()
         torch.cuda.empty_cache()
