@@ -157,11 +157,21 @@ def test_a_tied_embedding_is_stored_once_and_heads_are_as_wide_as_asked(tmp_path
     model = open_model(tmp_path / "model")
     for dialect, wide in (("trt", False), ("plain", True)):
         for asked in (None, False, True):
-            export = prepare(model, OnnxOptions("F16", dialect, wide_head=asked))
-            assert [one.name for one in export.stored].count("embedding.weight") == 1
-            (table,) = (v for v in export.graph.graph.initializers.values() if v.name == "embedding.weight")
-            kinds = {use.node.op_type for use in table.uses()}
-            assert kinds == ({"Gather", "Cast"} if (wide if asked is None else asked) else {"Gather", "Gemm"})
+            planned = prepare(model, OnnxOptions("F16", dialect, wide_head=asked))
+            assert [one.name for one in planned.stored].count("embedding.weight") == 1
+            (table,) = (v for v in planned.graph.graph.initializers.values() if v.name == "embedding.weight")
+            readers = {use.node.op_type: use.node for use in table.uses()}
+            assert readers.keys() <= {"Gather", "Cast", "Gemm"} and "Gather" in readers
+            heads = [table, *(readers["Cast"].outputs if "Cast" in readers else ())]
+            (head,) = (
+                node for node in planned.graph.graph
+                if node.op_type == "Gemm" and node.inputs[1] in heads
+            )  # fmt: skip
+            hidden = head.inputs[0]
+            assert hidden is not None
+            # A narrow head is given what was rounded to half precision.
+            before = hidden.producer()
+            assert (before is not None and before.op_type == "Cast") != (wide if asked is None else asked)
 
 
 def test_bfloat16_is_stored_as_such(tmp_path: Path) -> None:
