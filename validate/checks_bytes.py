@@ -221,6 +221,7 @@ def scaled_distances(case: Case, source: Model) -> Iterator[Distance]:
     for entry in entries:
         for piece in entry.pieces:
             expected, stored = source.weight(piece.spec.name), artifact.weight(piece.spec.name)
+            offset = np.float32(source.architecture.norm_offset if piece.transform == "gain" else 0.0)
             rows = min(expected.rows, entry.rows)  # rows of padding may be left out
             squares = total = 0.0
             step = max(1, PIECE // expected.cols)
@@ -228,7 +229,7 @@ def scaled_distances(case: Case, source: Model) -> Iterator[Distance]:
                 values = expected.read(start, min(start + step, rows))
                 with np.errstate(invalid="ignore", over="ignore"):
                     squares += float(np.square(stored.read(start, start + len(values)) - values).sum(dtype=np.float64))
-                total += float(np.square(values).sum(dtype=np.float64))
+                total += float(np.square(values + offset).sum(dtype=np.float64))
             expected.release()
             type_name, names = case.file.tensors[entry.name].type_name, piece.spec.source.names
             name = names[0] if len(names) == 1 else piece.spec.name
