@@ -53,7 +53,7 @@ def attend(
         graph.node("TensorScatter", cache, update, run.start, axis=2) for cache, update in zip(caches, new, strict=True)
     ]
     mixed = graph.node("Attention", q, *presents, run.seen(window), scale=scale)
-    return _rows(run, mixed), presents
+    return _rows(run, _wide(run, mixed)), presents
 
 
 def attend_plainly(
@@ -84,13 +84,13 @@ def attend_plainly(
     return _rows(run, mixed), presents
 
 
-def wide(run: EngineRun, x: ir.Value) -> ir.Value:
+def _wide(run: EngineRun, x: ir.Value) -> ir.Value:
     """A value of the graph's type in float32."""
-    return x if x.dtype == F32 or run.graph.type_name == "F32" else run.graph.cast(x, F32)
+    return x if run.graph.type_name == "F32" else run.graph.cast(x, F32)
 
 
 def _rows(run: EngineRun, mixed: ir.Value) -> ir.Value:
-    """f32[R, heads · D] of float[B, heads, T, D]."""
+    """f32[R, heads · D] of f32[B, heads, T, D]."""
     graph, a = run.graph, run.architecture
-    together = graph.node("Transpose", wide(run, mixed), perm=[0, 2, 1, 3])
+    together = graph.node("Transpose", mixed, perm=[0, 2, 1, 3])
     return graph.node("Reshape", together, graph.constant([-1, a.heads * a.head_dim]))

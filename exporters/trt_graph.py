@@ -5,7 +5,8 @@ trt      opset 24: TensorScatter, Attention, RotaryEmbedding, norms and quantize
 plain    opset 17: sums, products and what all builders have had for long, for TensorRT 8.5 and 8.6
 
 inputs    input_ids i64[B, T] · start i64[B] · past_key_values.N.key, .value float[B, kv heads, M, D]
-outputs   logits f32[B, T, V] · present.N.key, .value float[B, kv heads, M, D]: the cache with T more positions
+outputs   logits f32[B, T, V] · present.N.key, .value float[B, kv heads, M, D]: the cache with T more positions,
+          float32 in plain, of the graph's type in trt
 """
 
 from __future__ import annotations
