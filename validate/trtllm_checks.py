@@ -207,7 +207,9 @@ def differences(artifact: TrtllmArtifact, model: Model) -> list[str] | str:
     """One clause for every number of config.json that is not the checkpoint's."""
     if artifact.folder.layout == RANKS:
         return config_differences(artifact.folder, model)
-    told, wanted = artifact.folder.config, model.checkpoint.config
+    told, wanted = artifact.folder.config, dict(model.checkpoint.config)
+    if wanted.get("head_dim", 0) is None:  # which the exporter fills in
+        wanted["head_dim"] = model.architecture.head_dim
     keys = sorted((told.keys() | wanted.keys()) - NOT_NUMBERS)
     return [
         f"{key} is {told.get(key)!r}, the checkpoint's {wanted.get(key)!r}"

@@ -78,6 +78,8 @@ class RoundedInputs(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.linear and (change := self._found(args[1] if len(args) > 1 else kwargs["weight"])):
             args = (change(args[0]), *args[1:])
+        elif func is torch.addmm and (change := self._found(args[2])):  # bias, inputs, matrix: GPT-2's Conv1D
+            args = (args[0], change(args[1]), *args[2:])
         return func(*args, **kwargs)
 
     def _found(self, matrix: torch.Tensor) -> Inputs | None:

@@ -17,6 +17,7 @@ from llmx.errors import IntegrityError, UnsupportedError
 from llmx.exporters.encoding import encoding
 from llmx.formats.safetensors import write_safetensors
 from llmx.formats.trtllm import HF, KEY_SCALE, MODEL_NAME, RANKS, VALUE_SCALE
+from llmx.models.families import FAMILIES
 from llmx.validate.runtimes.emulation import Inputs, RoundedCache, rounded
 from llmx.validate.trtllm_artifact import TrtllmArtifact
 from llmx.validate.trtllm_folder import INLINE
@@ -76,7 +77,13 @@ def _write_hf(artifact: TrtllmArtifact, folder: Path) -> Source:
     """The tensors under their own names, and the configuration without what tells of their types."""
     config = {key: value for key, value in artifact.folder.config.items() if key not in NOT_FLOATS}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tensors = ((name, "F32", held.shape, _decoded(held)) for name, held in artifact.opened.items())
+    turned = _turned_names(str(config.get("model_type")))
+    tensors = (
+        (name, "F32", held.shape[::-1], _turned(held))
+        if turned(name, held)
+        else (name, "F32", held.shape, _decoded(held))
+        for name, held in artifact.opened.items()
+    )
     write_safetensors(folder / MODEL_NAME, tensors, {"format": "pt"})
     modules = tuple((name.removesuffix(".weight"), held) for name, held in artifact.opened.items())
     named = {name.rpartition(".")[2]: {} for name in artifact.cache}
@@ -120,6 +127,19 @@ def _decoded(held: Held) -> Iterator[memoryview]:
         rows = held.rows(start, min(start + step, held.count))
         yield np.ascontiguousarray(encoding(held.type_name).decode(rows, cols), "<f4").reshape(-1).view(np.uint8).data
     held.release()
+
+
+def _turned(held: Held) -> Iterator[memoryview]:
+    """A matrix [outputs, inputs] as [inputs, outputs], whole."""
+    whole = np.concatenate([np.frombuffer(part, "<f4") for part in _decoded(held)]).reshape(held.shape)
+    yield np.ascontiguousarray(whole.T).reshape(-1).view(np.uint8).data
+
+
+def _turned_names(family: str) -> Callable[[str, Held], bool]:
+    """Which tensors transformers has the other way round: of GPT-2's matrices, those that are quantized."""
+    found = [rule.source for rule in FAMILIES[family].tensors if rule.transpose] if family in FAMILIES else []
+    endings = tuple(source.rpartition("{layer}")[2] for source in found)
+    return lambda name, held: held.parts.scale is not None and bool(endings) and name.endswith(endings)
 
 
 def load(folder: Path, origin: Path) -> Any:
