@@ -14,8 +14,10 @@ from llmx.quant import columns
 from llmx.quant.columns import BLOCK, descend_block, gptq_block, move_block, moved_together
 from llmx.quant.gptq import damped, factorize, gptq
 from llmx.quant.grid import GRIDS, grid
+from llmx.quant.pruning import prune
 from llmx.quant.refine import Descent, refine
 from llmx.quant.solve import EFFORTS, Prepared, solve
+from llmx.quant.sparsity import crowded, find_pattern
 from llmx.quant.state import Rows
 from llmx.quant.statistics import Inputs, Statistics, statistics
 from llmx.quant.workers import workers
@@ -230,3 +232,19 @@ def test_a_model_is_exported_as_well_as_on_the_cpu(tmp_path: Path) -> None:
         lost[device] = np.array([line["error_held_out"] for line in made.solved if line["error_held_out"] is not None])
     assert len(lost["cuda"]) > 20
     assert lost["cuda"].mean() <= lost["cpu"].mean() * 1.02
+
+
+@pytest.mark.parametrize("name", ["2:4", "50%"])
+def test_a_gpu_makes_as_many_zeros_and_loses_as_little(name: str) -> None:
+    pattern, options = find_pattern(name), EFFORTS["fast"]
+    lost, allowed = {}, 0 if pattern.group else ROWS * COLS // 2
+    for device in (CPU, CUDA):
+        weight = weights().to(device)
+        prepared = Prepared(found(device))
+        with workers(1) as pool:
+            pruned = prune(weight, prepared, pattern, "sparsegpt", options, pool)
+            rounded = solve(weight, prepared, grid("Q4_0", COLS), options, pool, pruned=pruned)
+        assert crowded(pruned.value.cpu().numpy(), pattern) <= allowed
+        assert not rounded.value[~pruned.kept].any()
+        lost[device.type] = pruned.held_out, rounded.held_out
+    assert lost["cuda"] == pytest.approx(lost["cpu"], rel=0.02)
