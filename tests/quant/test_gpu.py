@@ -247,4 +247,4 @@ def test_a_gpu_makes_as_many_zeros_and_loses_as_little(name: str) -> None:
         assert crowded(pruned.value.cpu().numpy(), pattern) <= allowed
         assert not rounded.value[~pruned.kept].any()
         lost[device.type] = pruned.held_out, rounded.held_out
-    assert lost["cuda"] == pytest.approx(lost["cpu"], rel=0.02)
+    assert lost["cuda"] == pytest.approx(lost["cpu"], rel=0.05, abs=1e-3)
