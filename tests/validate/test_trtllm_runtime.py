@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch.nn import functional
 from llmx.errors import IntegrityError, UnsupportedError, UsageError
 from llmx.validate.runtimes import find_runtime
 from llmx.validate.runtimes.emulation import Inputs, RoundedInputs, round_float8, round_int8
-from llmx.validate.runtimes.transformers_cpu import TransformersSession
+from llmx.validate.runtimes.transformers_cpu import TransformersCpu, TransformersSession
 
 STEP = 0.05
 TOKENS = random_tokens(24)
@@ -28,7 +29,7 @@ Opened = Callable[..., TransformersSession]
 def opened(tmp_path: Path, checkpoint_of) -> Opened:
     """opened(layout, ...): a session of tiny-qwen3 in that layout."""
 
-    def session(layout: Layout, change: Callable[[dict], object] | None = None, **options) -> TransformersSession:
+    def session(layout: Layout, change: Callable[[dict], object] | None = None, **options: Any) -> TransformersSession:
         folder = tmp_path / "folder"
         if not folder.exists():
             make(checkpoint_of("tiny-qwen3"), folder, layout)
@@ -36,7 +37,7 @@ def opened(tmp_path: Path, checkpoint_of) -> Opened:
             stored = load_file(folder / "model.safetensors")
             change(stored)
             save_file(stored, folder / "model.safetensors", {"format": "pt"})
-        return find_runtime("transformers").open(folder, **{"threads": 1, "context": 64, **options})
+        return TransformersCpu().open(folder, **{"threads": 1, "context": 64, **options})
 
     return session
 
@@ -156,7 +157,7 @@ def test_an_algorithm_that_nothing_emulates_is_refused(opened, tmp_path):
     told["quantization"]["quant_algo"] = "NVFP4"
     path.write_text(json.dumps(told))
     with pytest.raises(UnsupportedError, match="NVFP4"):
-        find_runtime("transformers").open(path.parent, threads=1, context=8)
+        TransformersCpu().open(path.parent, threads=1, context=8)
 
 
 # Ranks: every family's configuration, there and back.
@@ -182,7 +183,7 @@ def test_ranks_compute_what_their_checkpoint_computes(name, tmp_path):
     options = {"layout": "ranks", "tp": 2, "pp": 2, "output": target, "validate": False, "threads": 1}
     api.export(api.ExportRequest(str(tmp_path / "model"), format="trtllm", type_name="F16", **options))
     tokens = random_tokens(20)
-    with find_runtime("transformers").open(target, threads=1, context=64) as session:
+    with TransformersCpu().open(target, threads=1, context=64) as session:
         found, cached = logits(session, tokens), logits(session, tokens, decode_from=9)
     with torch.inference_mode():
         wanted = model(torch.tensor([tokens])).logits[0].numpy()
@@ -202,4 +203,4 @@ def test_a_rank_configuration_of_another_class_is_refused(tmp_path, checkpoint_o
     for change, error in changes:
         (target / "config.json").write_text(json.dumps({**told, **change}))
         with pytest.raises(error):
-            find_runtime("transformers").open(target, threads=1, context=8)
+            TransformersCpu().open(target, threads=1, context=8)
