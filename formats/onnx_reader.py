@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 import mmap
 import re
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from llmx.errors import IntegrityError, RuntimeMissing, UsageError
 from llmx.formats.onnx import VENDOR_DOMAIN, VENDOR_OPSET
 from llmx.formats.onnx_file import OnnxFile, OnnxNode, OnnxTensor
+from llmx.formats.onnx_wire import check_parts
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
@@ -99,9 +101,11 @@ def _parsed(path: Path) -> ModelProto:
     if size > MAX_GRAPH_BYTES:
         fix = "store the weights as external data, beside the graph"
         raise IntegrityError(f"a graph of {size} bytes; {MAX_GRAPH_BYTES} are read", where=path, fix=fix)
+    data = path.read_bytes()
+    check_parts(data, path)
     model = onnx.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(data)
     except DecodeError as error:
         raise IntegrityError(f"this is no ONNX graph: {error}", where=path) from error
     if not model.HasField("graph"):
@@ -114,10 +118,8 @@ def _header_problems(model: ModelProto) -> Iterator[str]:
 
     if not 3 <= model.ir_version <= IR_VERSION:
         yield f"IR version {model.ir_version}; 3 to {IR_VERSION} are known"
-    keys = [entry.key for entry in model.metadata_props]
-    yield from (
-        f"the metadata key {key!r} stands there twice" for key in sorted({k for k in keys if keys.count(k) > 1})
-    )
+    keys = Counter(entry.key for entry in model.metadata_props)
+    yield from (f"the metadata key {key!r} stands there twice" for key, count in sorted(keys.items()) if count > 1)
     if len(model.graph.sparse_initializer):
         yield f"{len(model.graph.sparse_initializer)} sparse weights, which no exporter of language models writes"
     if len(model.training_info):
@@ -275,6 +277,10 @@ class _Weights:
                 (target.is_symlink(), "is a symbolic link"),
                 (not target.exists(), "is not there"),
                 (not target.is_file(), "is no regular file"),
+                (
+                    target.is_file() and target.stat().st_nlink > 1,
+                    "is a hard link: it has another name, too",
+                ),
             )
             offence = next((words for there, words in offences if there), None)
             self.sizes[location] = target.stat().st_size if offence is None else None

@@ -60,7 +60,21 @@ def _listed(value: object, folder: Path) -> list[tuple[str, str]]:
     return pairs
 
 
+def _leads_out(path: Path) -> bool:
+    """Whether it is a link to something else than a template: its text would go into every artifact.
+
+    The hub's cache links to files named by their hash, in a folder of its own.
+    """
+    if not path.is_symlink():
+        return False
+    target, folder = path.resolve(), path.parent.resolve()
+    blobs = folder.parent.parent / "blobs"
+    return target.suffix != path.suffix and folder not in target.parents and blobs not in target.parents
+
+
 def _read(path: Path) -> str:
+    if _leads_out(path):
+        raise IntegrityError("the chat template is a symbolic link out of the checkpoint", where=path)
     if path.stat().st_size > TEMPLATE_BYTES:
         raise IntegrityError(f"a chat template larger than {TEMPLATE_BYTES} bytes is refused", where=path)
     try:

@@ -26,6 +26,7 @@ from llmx.models.vocabulary import BYTE, UNKNOWN, UNUSED, AddedToken, Kind, Voca
 
 KINDS: dict[int, Kind] = {1: "unigram", 2: "spm_bpe"}
 ROLES = {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}  # role -> field, default
+MOST_PIECES = 1 << 19  # twice the largest model known
 Field = int | float | bytes
 
 
@@ -37,6 +38,8 @@ def read_model(data: bytes, where: object, added: Sequence[AddedToken] = ()) -> 
     pieces, trainer, normalizer = [], {}, {}
     for number, value in _fields(data, where):
         if number == 1:
+            if len(pieces) >= MOST_PIECES:
+                raise IntegrityError(f"there are too many pieces; the limit is {MOST_PIECES}", where=where)
             pieces.append(_piece(dict(_fields(_bytes(value, where), where)), len(pieces), where))
         elif number == 2:
             trainer = dict(_fields(_bytes(value, where), where))

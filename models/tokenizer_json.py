@@ -32,7 +32,7 @@ from llmx.models.vocabulary import (
     added_token,
 )
 
-MAX_IDS = 2**22  # sixteen times the largest vocabulary known
+MAX_IDS = 2**20  # four times the largest vocabulary known
 LOWEST_SCORE = -1e9  # for pieces that no merge makes
 SHOWN = 20  # problems listed at most
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
