@@ -10,7 +10,6 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -34,6 +33,7 @@ from llmx.exporters.gguf_metadata import (
 from llmx.exporters.gguf_tensors import Entry, arrange_rows, entries, passes_through, read_rows, release_rows
 from llmx.exporters.gguf_types import FileType, Situation, TensorTypeOverride, tensor_type
 from llmx.exporters.gguf_vocab import limits, model_name, vocabulary, vocabulary_rows
+from llmx.exporters.ledger import Place, ledger
 from llmx.exporters.plan import Plan, PlannedFile, Step
 from llmx.exporters.sparsity import SPARSITY_KEY
 from llmx.formats.ggml_blocks import row_bytes
@@ -45,6 +45,7 @@ from llmx.quant.grid import encode, largest_weight
 from llmx.quant.protocol import Effort
 
 if TYPE_CHECKING:
+    from llmx.exporters.journal import Journal
     from llmx.formats.imatrix import ImportanceMatrix
     from llmx.models.model import Model
     from llmx.models.tokenizer import Tokenizer
@@ -249,47 +250,63 @@ def check_weights(export: GgufExport) -> None:
         raise IntegrityError("the checkpoint holds weights that cannot be exported", problems=problems)
 
 
-def write(export: GgufExport, targets: Sequence[Path], solved: Rows | None = None) -> tuple[str, ...]:
+def write(
+    export: GgufExport, targets: Sequence[Path], solved: Rows | None = None, journal: Journal | None = None
+) -> tuple[str, ...]:
     """Write all files of the export and return the sha256 of each tensor's data, in file order.
 
-    solved: rows that a solver made, canonical name -> u8[rows, row bytes]; other tensors are rounded here.
+    solved: rows that a solver made, canonical name -> u8[rows, row bytes]; other tensors are rounded here. journal:
+    notes tensors that are written, and knows those that an earlier run wrote to the same files.
     The headers go in last, so that a file cut short by a crash is not a GGUF file at all.
     """
-    places = {
+    places = _places(export)
+    sizes = [shard.size for shard in export.layouts]
+    total = sum(step.nbytes for step in export.plan.steps)
+    with (
+        ledger(targets, sizes, journal) as (notes, streams),
+        track(total, "writing") as progress,
+        ThreadPoolExecutor(export.options.threads) as pool,
+    ):
+        digests = [notes.known(entry.name, place) for entry, place in zip(export.entries, places, strict=True)]
+        progress.advance(sum(place.nbytes for place, known in zip(places, digests, strict=True) if known))
+        left = [index for index, known in enumerate(digests) if known is None]
+        for index, chunks in groupby(_encoded(export, left, pool, solved or {}), key=itemgetter(0)):
+            entry, place, digest = export.entries[index], places[index], hashlib.sha256()
+            streams[place.file].seek(place.offset)
+            for _, data in chunks:
+                streams[place.file].write(data.data)
+                digest.update(data.data)
+                progress.advance(data.nbytes)
+            # Threads that read side by side leave a page here and there: now the tensor's all go back.
+            release_rows(export.model, entry, 0, entry.rows)
+            digests[index] = digest.hexdigest()
+            notes.done(entry.name, place, digest.hexdigest())
+        found = tuple(digest for digest in digests if digest is not None)
+        short = array("u64", [short_digest(bytes.fromhex(digest)) for digest in found])
+        for stream, shard in zip(streams, _layouts(export.metadata | {DIGESTS_KEY: short}, export.shards), strict=True):
+            stream.seek(0)
+            stream.write(shard.header)
+    return found
+
+
+def _places(export: GgufExport) -> list[Place]:
+    """Where each tensor's data are, in file order."""
+    starts = {
         name: (number, placement.offset)
         for number, shard in enumerate(export.layouts)
         for name, placement in shard.placements.items()
     }
-    digests = [hashlib.sha256() for _ in export.entries]
-    total = sum(step.nbytes for step in export.plan.steps)
-    with ExitStack() as stack:
-        streams = [stack.enter_context(target.open("wb")) for target in targets]
-        for stream, shard in zip(streams, export.layouts, strict=True):
-            stream.truncate(shard.size)
-        progress = stack.enter_context(track(total, "writing"))
-        pool = stack.enter_context(ThreadPoolExecutor(export.options.threads))
-        for index, chunks in groupby(_encoded(export, pool, solved or {}), key=itemgetter(0)):
-            entry = export.entries[index]
-            number, offset = places[entry.name]
-            streams[number].seek(offset)
-            for _, data in chunks:
-                streams[number].write(data.data)
-                digests[index].update(data.data)
-                progress.advance(data.nbytes)
-            # Threads that read side by side leave a page here and there: now the tensor's all go back.
-            release_rows(export.model, entry, 0, entry.rows)
-        short = array("u64", [short_digest(digest.digest()) for digest in digests])
-        for stream, shard in zip(streams, _layouts(export.metadata | {DIGESTS_KEY: short}, export.shards), strict=True):
-            stream.seek(0)
-            stream.write(shard.header)
-    return tuple(digest.hexdigest() for digest in digests)
+    return [Place(*starts[step.name], step.nbytes) for step in export.plan.steps]
 
 
-def _encoded(export: GgufExport, pool: Executor, solved: Rows) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-    """The encoded chunks with their tensor's index, in file order, a few chunks ahead of the writer."""
+def _encoded(
+    export: GgufExport, left: Sequence[int], pool: Executor, solved: Rows
+) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """The encoded chunks of these tensors with their index, in file order, a few chunks ahead of the writer."""
     waiting: deque[tuple[int, Future[npt.NDArray[np.uint8]]]] = deque()
     ahead = 2 * export.options.threads
-    for index, (entry, step) in enumerate(zip(export.entries, export.plan.steps, strict=True)):
+    for index in left:
+        entry, step = export.entries[index], export.plan.steps[index]
         for start, stop in _chunks(entry):
             waiting.append((index, pool.submit(_encode_rows, export, entry, step.type_name, start, stop, solved)))
             if len(waiting) > ahead:

@@ -18,6 +18,7 @@ from llmx.models.tokenizer import open_tokenizer
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from llmx.exporters.journal import Journal
     from llmx.exporters.plan import Plan
     from llmx.models.calibration_text import CalibrationText
     from llmx.models.model import Model
@@ -132,8 +133,13 @@ class GgufTarget:
     def calibrated(self, model: Model, calibration: Calibration, threads: int) -> GgufTarget:
         return replace(self, export=replace(self.export, model=model))
 
-    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
-        digests = gguf.write(self.export, targets, rows)
+    def write(
+        self,
+        targets: Sequence[Path],
+        rows: Mapping[str, npt.NDArray[np.uint8]] | None,
+        journal: Journal | None = None,
+    ) -> list[WrittenTensor]:
+        digests = gguf.write(self.export, targets, rows, journal)
         places = {
             name: (number, place.offset)
             for number, shard in enumerate(self.export.layouts)

@@ -25,11 +25,12 @@ VERSION = 1
 class Journal:
     """An open journal. Not to be shared between processes; see exporters/workplace.py for the lock."""
 
-    __slots__ = ("_done", "_path", "went_on")
+    __slots__ = ("_done", "_path", "_waiting", "went_on")
 
     def __init__(self, path: Path, done: dict[str, dict[str, Any]], went_on: bool) -> None:
         """went_on: whether steps of an earlier run may be in it."""
         self._path, self._done, self.went_on = path, done, went_on
+        self._waiting: dict[str, Mapping[str, Any]] = {}
 
     def __len__(self) -> int:
         return len(self._done)
@@ -38,10 +39,15 @@ class Journal:
         """What was recorded of a step; None where it is not done."""
         return self._done.get(step)
 
+    def note(self, step: str, facts: Mapping[str, Any]) -> None:
+        """Record a step with the next one: for what alone is not worth keeping an export's folder."""
+        self._waiting[step] = facts
+
     def record(self, steps: Mapping[str, Mapping[str, Any]], files: Iterable[Path] = ()) -> None:
         """Note steps that are done, with plain data about each, once the files that hold their bytes are synced."""
         for path in files:
             sync(path)
+        steps, self._waiting = {**self._waiting, **steps}, {}
         lines = [json.dumps({"step": step, "facts": facts}) for step, facts in steps.items()]
         with self._path.open("ab") as stream:
             stream.write("".join(f"{line}\n" for line in lines).encode())
@@ -59,8 +65,8 @@ def start(folder: Path, key: Mapping[str, Any]) -> Journal:
     return Journal(path, {}, went_on=False)
 
 
-def go_on(folder: Path, key: Mapping[str, Any]) -> Journal:
-    """The journal of an export that was stopped; an empty one where none was, or before its first line was whole.
+def go_on(folder: Path, key: Mapping[str, Any]) -> Journal | None:
+    """The journal of an export that was stopped; None where none was, or before its first line was whole.
 
     Raises: UsageError where that export would have made other bytes.
     """
@@ -71,7 +77,7 @@ def go_on(folder: Path, key: Mapping[str, Any]) -> Journal:
         kept = head["key"] if head["journal"] == VERSION else None
         done = {line["step"]: line["facts"] for line in lines}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return start(folder, key)
+        return None
     wanted = json.loads(json.dumps(key))
     if kept != wanted:
         kept = kept if isinstance(kept, dict) else {}

@@ -82,16 +82,17 @@ class SourceHashes:
     """The sha256 of a checkpoint's files, read in a thread of its own beside the pass that looks at every weight.
 
     Both passes then need the same pages, so a shard is read from the disk once. A context manager: left early, it
-    stops within a chunk.
+    stops within a chunk. known: what an earlier run found of files that are as they were, which are not read again.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, known: Sequence[Mapping[str, Any]] = ()) -> None:
         folder = checkpoint.folder
         index = {"model.safetensors.index.json"} if len(checkpoint.files) > 1 else set()
         found = [folder / name for name in (*SOURCE_NAMES, *index) if (folder / name).is_file()]
         found += [path for pattern in SOURCE_PATTERNS for path in folder.glob(pattern)]
         paths = {path.relative_to(folder).as_posix(): path for path in found}
         self._paths = dict(sorted((paths | {path.name: path for path in checkpoint.files}).items()))
+        self._known = {str(file["name"]): dict(file) for file in known}
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(1, "source-hashes")
         self._found: dict[str, Future[dict[str, Any]]] = {}
@@ -111,6 +112,8 @@ class SourceHashes:
         return [future.result() for future in self._found.values()]
 
     def _hash(self, name: str, path: Path) -> dict[str, Any]:
+        if name in self._known:
+            return self._known[name]
         digest, size = hashlib.sha256(), 0
         try:
             with path.open("rb") as stream:

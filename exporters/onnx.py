@@ -16,6 +16,8 @@ import onnx_ir as ir
 from llmx.errors import IntegrityError, UsageError
 from llmx.exporters.encoding import GROUP_ENCODINGS
 from llmx.exporters.gguf_metadata import SOLVER_KEY
+from llmx.exporters.journal import Journal
+from llmx.exporters.ledger import ledger
 from llmx.exporters.onnx_attention import attend, attend_grouped
 from llmx.exporters.onnx_experts import mix, mix_routed
 from llmx.exporters.onnx_fusion import drop_unused, fuse_skips
@@ -27,7 +29,7 @@ from llmx.exporters.onnx_matrices import MATRIX_ENCODINGS
 from llmx.exporters.onnx_ops import Operators, RecordingOps
 from llmx.exporters.onnx_ops import Rows as States
 from llmx.exporters.onnx_run import Run
-from llmx.exporters.onnx_write import MEMORY_PER_WEIGHT, Placed, Rows, chunk_weights, digests, write_data
+from llmx.exporters.onnx_write import MEMORY_PER_WEIGHT, Placed, Rows, chunk_weights, write_data
 from llmx.exporters.plan import Plan, PlannedFile, Step
 from llmx.exporters.sparsity import SPARSITY_KEY
 from llmx.exporters.trt_graph import ENGINE_DIALECTS, EngineOptions, check_encodings, engine_notes, record_engine
@@ -331,21 +333,25 @@ def _limit(one: Stored) -> float:
     return one.quantized.encoding.limit(one.quantized.cols)
 
 
-def write(export: OnnxExport, targets: Sequence[Path], rows: Rows | None = None) -> tuple[str, ...]:
+def write(
+    export: OnnxExport, targets: Sequence[Path], rows: Rows | None = None, journal: Journal | None = None
+) -> tuple[str, ...]:
     """Write all files, and return the sha256 of each stored tensor's bytes, in the order of export.stored.
 
     targets: a path for each file of the plan. The graph goes last: without it there is no artifact.
     rows: solved before, canonical name -> u8[rows, row bytes]; what is missing there is rounded on the way.
+    journal: notes tensors that are written, and knows those that an earlier run wrote to the same file.
     Raises: UsageError for rows of other shapes than the plan's.
     """
     graph, data, *others = targets
     solved = {} if rows is None else rows
     _check_rows(export, solved)
     placed = [Placed(one, offset) for one, offset in zip(export.stored, export.offsets, strict=True)]
-    with data.open("w+b") as stream, track(sum(one.nbytes for one in export.stored), "writing") as progress:
-        stream.truncate(export.plan.files[1].nbytes)
-        write_data(stream, placed, solved, export.options.effort, export.options.threads, progress)
-        found = digests(stream, placed)
+    with (
+        ledger([data], [export.plan.files[1].nbytes], journal) as (notes, [stream]),
+        track(sum(one.nbytes for one in export.stored), "writing") as progress,
+    ):
+        found = write_data(stream, placed, solved, export.options.effort, export.options.threads, progress, notes)
     for path, content in zip(others, export.companions.values(), strict=True):
         path.write_bytes(content)
     graph.write_bytes(_serialized(export.graph))

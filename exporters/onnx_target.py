@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from llmx.exporters.journal import Journal
     from llmx.exporters.onnx import OnnxExport
     from llmx.exporters.plan import Plan
     from llmx.exporters.quantization import Quantization
@@ -232,11 +233,16 @@ class OnnxTarget:
             return self
         return replace(self, export=prepare(model, options, self.tokenizer))
 
-    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
+    def write(
+        self,
+        targets: Sequence[Path],
+        rows: Mapping[str, npt.NDArray[np.uint8]] | None,
+        journal: Journal | None = None,
+    ) -> list[WrittenTensor]:
         from llmx.exporters.onnx import write
 
         kept = TakenOver(self.model, self.export.options.types) if self.keeps else rows
-        digests = write(self.export, targets, kept)
+        digests = write(self.export, targets, kept, journal)
         return [
             WrittenTensor(one.name, one.shape, one.type_name, one.nbytes, DATA_FILE, offset, digest)
             for one, offset, digest in zip(self.export.stored, self.export.offsets, digests, strict=True)

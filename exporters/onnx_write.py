@@ -5,9 +5,8 @@ checkpoint rows ── [workers: read, encode or take what was solved, lay out] 
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmx.exporters.encoding import Float8Encoding
+from llmx.exporters.ledger import Ledger, Place, sha256_of
 from llmx.exporters.onnx_graph import Piece, Quantized, Stored
 from llmx.formats import float8_rows
 from llmx.formats.onnx import CODES, FLOATS, SCALES, VALUES, ZERO_POINTS
@@ -44,7 +44,6 @@ Rows = Mapping[str, KeptRows]
 # laid out as columns are written in pieces of as many bytes as rows are read, so more are read.
 CHUNK_WEIGHTS = 1 << 20
 COLUMNS_CHUNK_WEIGHTS = 1 << 22
-READ_BYTES = 1 << 20  # of a digest
 MEMORY_PER_WEIGHT = 16  # of a chunk, measured
 
 
@@ -64,35 +63,53 @@ class Placed:
     stored: Stored
     offset: int
 
+    @property
+    def place(self) -> Place:
+        return Place(0, self.offset, self.stored.nbytes)
 
-Task = Callable[[], list[Block]]
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """All blocks of these tensors were before."""
+
+    placed: Sequence[Placed]
+
+
+Task = Callable[[], list[Block] | Finished]
 # (matrix, its parts by their names, kept rows u8[n, row bytes], the number of the first) -> their bytes in the file.
 LayOut = Callable[[Quantized, Mapping[str, Placed], Bytes, int], list[Block]]
 
 
 def write_data(
-    stream: BinaryIO, placed: Sequence[Placed], rows: Rows, effort: Effort, threads: int, done: Progress
-) -> None:
-    """Write every tensor. rows: solved before, canonical name -> u8[rows, row bytes]; the others are encoded here."""
+    stream: BinaryIO,
+    placed: Sequence[Placed],
+    rows: Rows,
+    effort: Effort,
+    threads: int,
+    done: Progress,
+    notes: Ledger,
+) -> tuple[str, ...]:
+    """Write every tensor that is not known to be there, and return the sha256 of each one's bytes.
+
+    rows: solved before, canonical name -> u8[rows, row bytes]; the others are encoded here. notes: of the file.
+    """
+    found: dict[str, str] = {}  # name -> sha256
+    for one in placed:
+        known = notes.known(one.stored.name, one.place)
+        if known is not None:
+            found[one.stored.name] = known
+            done.advance(one.stored.nbytes)
     with ThreadPoolExecutor(threads) as pool:
-        for blocks in _ahead(pool, _tasks(placed, rows, effort), 2 * threads):
+        for blocks in _ahead(pool, _tasks(placed, found, rows, effort), 2 * threads):
+            if isinstance(blocks, Finished):
+                for one in blocks.placed:  # blocks of a matrix come from all over it: its bytes are read back
+                    found[one.stored.name] = sha256_of(stream, one.offset, one.stored.nbytes)
+                    notes.done(one.stored.name, one.place, found[one.stored.name])
+                continue
             for block in blocks:
                 _put(stream, block)
                 done.advance(block.lines.nbytes)
-
-
-def digests(stream: BinaryIO, placed: Sequence[Placed]) -> tuple[str, ...]:
-    """The sha256 of each tensor's bytes, read back."""
-    found = []
-    for one in placed:
-        stream.seek(one.offset)
-        digest, left = hashlib.sha256(), one.stored.nbytes
-        while left:
-            data = stream.read(min(READ_BYTES, left))
-            digest.update(data)
-            left -= len(data)
-        found.append(digest.hexdigest())
-    return tuple(found)
+    return tuple(found[one.stored.name] for one in placed)
 
 
 def chunk_weights(stored: Stored) -> int:
@@ -113,9 +130,9 @@ def _put(stream: BinaryIO, block: Block) -> None:
         stream.write(line.data)
 
 
-def _ahead(pool: Executor, tasks: Iterable[Task], count: int) -> Iterator[list[Block]]:
+def _ahead(pool: Executor, tasks: Iterable[Task], count: int) -> Iterator[list[Block] | Finished]:
     """The results in order, a few computed ahead."""
-    waiting: deque[Future[list[Block]]] = deque()
+    waiting: deque[Future[list[Block] | Finished]] = deque()
     for task in tasks:
         waiting.append(pool.submit(task))
         if len(waiting) >= count:
@@ -124,23 +141,25 @@ def _ahead(pool: Executor, tasks: Iterable[Task], count: int) -> Iterator[list[B
         yield waiting.popleft().result()
 
 
-def _tasks(placed: Sequence[Placed], rows: Rows, effort: Effort) -> Iterator[Task]:
+def _tasks(placed: Sequence[Placed], there: Container[str], rows: Rows, effort: Effort) -> Iterator[Task]:
+    """there: names of tensors that need not be written. The parts of a matrix are written together."""
     for matrix, group in groupby(placed, lambda one: one.stored.quantized):
         found = list(group)
         if matrix is None:
             for one in found:
-                yield from _float_tasks(one)
-                yield partial(_handed_back, one.stored.pieces)
-        else:
+                if one.stored.name not in there:
+                    yield from _float_tasks(one)
+                    yield partial(_finished, [one], one.stored.pieces)
+        elif any(one.stored.name not in there for one in found):
             yield from _quantized_tasks(matrix, {one.stored.part: one for one in found}, rows, effort)
-            yield partial(_handed_back, matrix.pieces)
+            yield partial(_finished, found, matrix.pieces)
 
 
-def _handed_back(pieces: Sequence[Piece]) -> list[Block]:
-    """No bytes. Reading maps more pages than those of the rows asked for: what is left of the pieces goes back, too."""
+def _finished(placed: Sequence[Placed], pieces: Sequence[Piece]) -> Finished:
+    """Reading maps more pages than those of the rows asked for: what is left of the pieces goes back, too."""
     for piece in pieces:
         piece.weight.release(piece.start, piece.start + piece.rows)
-    return []
+    return Finished(placed)
 
 
 # ── floats ───────────────────────────────────────────────────────────────────────────────────────────────────────────

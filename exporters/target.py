@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from llmx.exporters.format_types import FormatTypes
+    from llmx.exporters.journal import Journal
     from llmx.exporters.plan import Plan
     from llmx.exporters.quantization import Quantization
     from llmx.models.calibration_text import CalibrationText
@@ -120,10 +121,16 @@ class Exporter(Protocol):
         """The same export of changed weights, with whatever it has to know of their inputs."""
         ...
 
-    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
+    def write(
+        self,
+        targets: Sequence[Path],
+        rows: Mapping[str, npt.NDArray[np.uint8]] | None,
+        journal: Journal | None = None,
+    ) -> list[WrittenTensor]:
         """Write every file and return what was written, in the order of the files.
 
         rows: solved before, canonical name -> u8[rows, row bytes]; what is missing there is rounded on the way.
+        journal: of an export that is gone on with where it was stopped; a format may do without.
         """
         ...
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from llmx.exporters.journal import Journal
     from llmx.exporters.plan import Plan
     from llmx.exporters.quantization import Quantization
     from llmx.exporters.tensorrt import EngineOptions, TensorRtExport
@@ -245,8 +246,16 @@ class TensorRtTarget:
             return self
         return replace(self, export=replace(self.export, graph=onnx.prepare(model, options)))
 
-    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
-        """The weights are told as the builder was given them: an engine does not say where it has them."""
+    def write(
+        self,
+        targets: Sequence[Path],
+        rows: Mapping[str, npt.NDArray[np.uint8]] | None,
+        journal: Journal | None = None,
+    ) -> list[WrittenTensor]:
+        """The weights are told as the builder was given them: an engine does not say where it has them.
+
+        journal: not used. A build cannot be gone on with, and its graph is written anew for it.
+        """
         from llmx.exporters import tensorrt
 
         digests = tensorrt.write(self.export, targets, rows)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from llmx.errors import IntegrityError, UsageError
 from llmx.exporters.encoding import ENCODINGS
 from llmx.exporters.gguf_metadata import SOLVER_KEY
+from llmx.exporters.ledger import Place, ledger
 from llmx.exporters.plan import Plan, PlannedFile, Step
 from llmx.exporters.shared_scales import SharedScales
 from llmx.exporters.sparsity import SPARSITY_KEY
@@ -32,6 +32,7 @@ from llmx.quant.grid import largest_weight
 from llmx.quant.protocol import Effort
 
 if TYPE_CHECKING:
+    from llmx.exporters.journal import Journal
     from llmx.exporters.onnx_write import KeptRows
 
 TYPE_KEY = "llmx.type"  # in the weight files' metadata, beside SOLVER_KEY
@@ -255,11 +256,17 @@ def _limit(one: Stored, cols: int) -> tuple[str, float]:
     return (one.dtype, largest_weight(one.dtype)) if kept is None else (kept, ENCODINGS[kept].limit(cols))
 
 
-def write(export: TrtllmExport, targets: Sequence[Path], rows: Mapping[str, KeptRows] | None = None) -> tuple[str, ...]:
+def write(
+    export: TrtllmExport,
+    targets: Sequence[Path],
+    rows: Mapping[str, KeptRows] | None = None,
+    journal: Journal | None = None,
+) -> tuple[str, ...]:
     """Write all files, and return the sha256 of each tensor's bytes, in the order of the contents.
 
     targets: a path for each file of the plan. config.json goes last: without it there is no artifact.
     rows: solved before, canonical name -> u8[rows, row bytes]; what is missing there is rounded on the way.
+    journal: notes tensors that are written, and knows those that an earlier run wrote to the same files.
     Raises: UsageError for rows of other shapes than the plan's.
     """
     solved = {} if rows is None else rows
@@ -269,13 +276,19 @@ def write(export: TrtllmExport, targets: Sequence[Path], rows: Mapping[str, Kept
     types = {name: kind for name, kind in export.options.types.encodings.items() if name not in solved}
     source = Source(export.model, solved, export.options.effort, SharedScales(export.model, types))
     total = sum(one.nbytes for one in export.contents.tensors)
-    with ExitStack() as stack, track(total, "writing") as progress:
-        streams = [stack.enter_context(path.open("wb")) for path in weights]
+    places = [
+        Place(one.file, offset, one.nbytes)
+        for one, offset in zip(export.contents.tensors, export.offsets(), strict=True)
+    ]
+    destination = [*zip(export.labels(), places, strict=True)]
+    with (
+        ledger(weights, [placed.nbytes for placed in export.placements], journal) as (notes, streams),
+        track(total, "writing") as progress,
+    ):
         for stream, placed in zip(streams, export.placements, strict=True):
-            stream.truncate(placed.nbytes)
             stream.write(placed.header)
         found = write_tensors(
-            streams, export.contents.tensors, export.offsets(), source, export.options.threads, progress
+            streams, export.contents.tensors, destination, source, export.options.threads, progress, notes
         )
     for name, content in reversed([*export.texts.items()]):
         paths[name].write_bytes(content)

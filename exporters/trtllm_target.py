@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from llmx.exporters.journal import Journal
     from llmx.exporters.plan import Plan
     from llmx.exporters.quantization import Quantization
     from llmx.exporters.trtllm import TrtllmExport
@@ -191,10 +192,15 @@ class TrtllmTarget:
                 options = replace(options, cache_scales=kv_scales(model, calibration, pool, CACHES[options.cache]))
         return replace(self, export=prepare(model, options))
 
-    def write(self, targets: Sequence[Path], rows: Mapping[str, npt.NDArray[np.uint8]] | None) -> list[WrittenTensor]:
+    def write(
+        self,
+        targets: Sequence[Path],
+        rows: Mapping[str, npt.NDArray[np.uint8]] | None,
+        journal: Journal | None = None,
+    ) -> list[WrittenTensor]:
         from llmx.exporters.trtllm import write
 
-        digests = write(self.export, targets, rows)
+        digests = write(self.export, targets, rows, journal)
         made = zip(self.export.contents.tensors, self.export.labels(), self.export.offsets(), digests, strict=True)
         first = self.export.first_file
         return [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from llmx.errors import IntegrityError
 from llmx.exporters.encoding import FLOAT8_ENCODINGS, GROUP_ENCODINGS
+from llmx.exporters.ledger import Ledger, Place
 from llmx.exporters.shared_scales import SharedScales
 from llmx.exporters.trtllm_tensors import Matrix, Piece, Stored
 from llmx.formats import float8_rows, onnx_groups
@@ -61,27 +62,37 @@ class Source:
 def write_tensors(
     streams: Sequence[BinaryIO],
     tensors: Sequence[Stored],
-    offsets: Sequence[int],
+    destination: Sequence[tuple[str, Place]],
     source: Source,
     threads: int,
     done: Progress,
+    notes: Ledger,
 ) -> tuple[str, ...]:
-    """Write every tensor to its offset in its file's stream, and return the sha256 of each one's bytes."""
+    """Write every tensor that is not known to be there to its place, and return the sha256 of each one's bytes.
+
+    destination: of each tensor, its name in the artifact and where it goes. notes: of these files.
+    """
+    found = {n: known for n, (name, place) in enumerate(destination) if (known := notes.known(name, place))}
+    done.advance(sum(tensors[number].nbytes for number in found))
     hashes = [hashlib.sha256() for _ in tensors]
     written = [0] * len(tensors)
     with ThreadPoolExecutor(threads) as pool:
-        for blocks in _ahead(pool, _tasks(tensors, source), 2 * threads):
+        for blocks in _ahead(pool, _tasks(tensors, found.keys(), source), 2 * threads):
             for block in blocks:
+                name, place = destination[block.tensor]
                 data = np.ascontiguousarray(block.data).reshape(-1).view(np.uint8)
-                stream = streams[tensors[block.tensor].file]
-                stream.seek(offsets[block.tensor] + written[block.tensor])
+                stream = streams[place.file]
+                stream.seek(place.offset + written[block.tensor])
                 stream.write(data.data)
                 hashes[block.tensor].update(data.data)
                 written[block.tensor] += data.nbytes
                 done.advance(data.nbytes)
-    short = [one.name for one, size in zip(tensors, written, strict=True) if size != one.nbytes]
+                if written[block.tensor] == place.nbytes:
+                    found[block.tensor] = hashes[block.tensor].hexdigest()
+                    notes.done(name, place, found[block.tensor])
+    short = [one.name for number, one in enumerate(tensors) if number not in found]
     assert not short, f"not all bytes were made of {short}"
-    return tuple(found.hexdigest() for found in hashes)
+    return tuple(found[number] for number in range(len(tensors)))
 
 
 def _ahead(pool: Executor, tasks: Iterable[Task], count: int) -> Iterator[list[Block]]:
@@ -95,20 +106,25 @@ def _ahead(pool: Executor, tasks: Iterable[Task], count: int) -> Iterator[list[B
         yield waiting.popleft().result()
 
 
-def _tasks(tensors: Sequence[Stored], source: Source) -> Iterator[Task]:
-    """In the order of the tensors; the parts of a quantized matrix, which follow each other, at once."""
+def _tasks(tensors: Sequence[Stored], there: Container[int], source: Source) -> Iterator[Task]:
+    """In the order of the tensors; the parts of a quantized matrix, which follow each other, at once.
+
+    there: numbers of tensors that need not be written.
+    """
     numbers: dict[int, dict[str, int]] = {}
     for number, one in enumerate(tensors):
         if one.matrix is not None and one.matrix.encoding is not None:
             numbers.setdefault(id(one.matrix), {})[one.part] = number
     for number, one in enumerate(tensors):
-        if one.value is not None:
+        if one.matrix is not None and one.matrix.encoding is not None and one.value is None:
+            parts = numbers[id(one.matrix)]
+            if one.part != SCALES and any(part not in there for part in parts.values()):
+                yield from _quantized(one.matrix, parts, tensors, source)
+        elif one.value is not None:  # not read from the files in any case
             yield partial(_made, number, one.value)
-        elif one.matrix is None or one.part == SCALES:
+        elif number in there:
             continue
-        elif one.matrix.encoding is not None:
-            yield from _quantized(one.matrix, numbers[id(one.matrix)], tensors, source)
-        else:
+        elif one.matrix is not None and one.part != SCALES:
             yield from _floats(one, number, source)
 
 

@@ -54,7 +54,9 @@ def workplace(
     """
     folder = folder_of(place)
     with _locked(folder) as lock:
-        made = journal.go_on(folder, key) if resume else _anew(folder, key)
+        made = journal.go_on(folder, key) if resume else None
+        if made is None:
+            made = _anew(folder, key)
         for name in (FILES, KEPT):
             (folder / name).mkdir(exist_ok=True)
         try:
@@ -74,6 +76,7 @@ def workplace(
 
 def _anew(folder: Path, key: Mapping[str, Any]) -> Journal:
     """An empty journal in an empty folder: what an export that was stopped left there goes."""
+    (folder / journal.NAME).unlink(missing_ok=True)  # first: what is half removed must not be gone on with
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -83,6 +86,8 @@ def _anew(folder: Path, key: Mapping[str, Any]) -> Journal:
 
 
 def _remove(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / journal.NAME).unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 

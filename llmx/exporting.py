@@ -66,7 +66,7 @@ def export(request: ExportRequest) -> ExportResult:
     Raises: CheckFailed when the artifact does not pass, and what the steps raise.
     """
     from llmx.exporters import artifact
-    from llmx.exporters.manifest import SourceHashes, as_text, manifest_path
+    from llmx.exporters.manifest import as_text, manifest_path
     from llmx.exporters.workplace import workplace
 
     started = time.monotonic()
@@ -87,9 +87,7 @@ def export(request: ExportRequest) -> ExportResult:
     key = resuming.key_of(prepared)
     with workplace([*targets, manifest_path(targets[0])], place, key, resume=request.resume) as work:
         *partial, kept = work.files
-        with SourceHashes(model.checkpoint) as source:
-            exporter.check_weights()
-            source_files = source.result()
+        source_files = resuming.looked_at(exporter, work.journal)
         if manifest is not None:
             rebuilding.check_source(source_files, manifest)
         written, solved = _written(prepared, work, partial)
@@ -156,7 +154,7 @@ def _judged(prepared: Prepared, artifact: Path, facts: dict[str, object]) -> Rep
 def _written(prepared: Prepared, work: Workplace, partial: list[Path]) -> tuple[list[WrittenTensor], Solved | None]:
     """Solve what is to be solved and write the files: the tensors in them, and what the solver tells."""
     if not prepared.quantization.calibrated:
-        return _write(prepared.exporter, partial, None), None
+        return _write(prepared.exporter, work, partial, None), None
     from llmx.exporters.quantization import assignments, calibration_of
     from llmx.exporters.solving import solve_tensors
 
@@ -164,7 +162,7 @@ def _written(prepared: Prepared, work: Workplace, partial: list[Path]) -> tuple[
     calibration, store = calibration_of(prepared.model, prepared.quantization, planned)
     if prepared.quantization.inputs_only:
         exporter = prepared.exporter.calibrated(prepared.exporter.model, calibration, prepared.threads)
-        return _write(exporter, partial, None), None
+        return _write(exporter, work, partial, None), None
     solved = solve_tensors(
         prepared.model,
         planned,
@@ -178,14 +176,14 @@ def _written(prepared: Prepared, work: Workplace, partial: list[Path]) -> tuple[
     if store is not None:
         store.finish()
     exporter = prepared.exporter.calibrated(solved.model, calibration, prepared.threads)
-    return _write(exporter, partial, solved), solved
+    return _write(exporter, work, partial, solved), solved
 
 
-def _write(exporter: Exporter, partial: list[Path], solved: Solved | None) -> list[WrittenTensor]:
+def _write(exporter: Exporter, work: Workplace, partial: list[Path], solved: Solved | None) -> list[WrittenTensor]:
     from llmx.exporters import artifact
 
     try:
-        return exporter.write(partial, None if solved is None else solved.rows)
+        return exporter.write(partial, None if solved is None else solved.rows, work.journal)
     except OSError as error:
         raise artifact.disk_error(error, partial[0].parent.parent) from error
 

@@ -54,7 +54,7 @@ def test_an_interrupted_export_goes_on_and_solves_only_the_rest(
         stop_after(count, patch)
         with pytest.raises(KeyboardInterrupt) as stopped:
             export(request(tmp_path))
-    assert f"{count} steps of it are kept" in stopped.value.__notes__[0]
+    assert f"{count + 1} steps of it are kept" in stopped.value.__notes__[0]
     solved = []
     solve = solving.solve
     monkeypatch.setattr(solving, "solve", lambda *given, **named: solved.append(1) or solve(*given, **named))
