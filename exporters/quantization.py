@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmx.errors import UnsupportedError, UsageError
 from llmx.exporters.assignment import Assignment
+from llmx.exporters.calibration_needs import SECONDS_PER_WORK
 from llmx.exporters.encoding import SOLVABLE
 from llmx.exporters.format_types import FormatTypes
 from llmx.exporters.gguf_metadata import SCALED, SOLVED
@@ -36,14 +37,9 @@ HELD_OUT_EVERY = 10  # sequences: a tenth judges what the others fitted
 # More tokens cost time in proportion to the model: about this many weights times tokens, within these bounds.
 WORK = 5.5e12
 FEWEST_TOKENS, MOST_TOKENS = 24_576, 131_072
-# Seconds of a whole calibrated export on one core, per weight and token: 150 CPU seconds for 42 M weights and 24,832
-# tokens, balanced. And up to which work `auto` calibrates: ten minutes on two cores, whatever cores there are, because
-# the same command makes the same bytes on any of them.
-SECONDS_PER_WORK = 1.5e-10
+# Up to which work `auto` calibrates: ten minutes on two cores, whatever cores there are, because the same command makes
+# the same bytes on any of them.
 AUTO_WORK = 8e12
-# Peak memory of a calibrated export: torch and the compiled solvers; bytes per token and channel of a layer's widest
-# tensors, float and quantized; bytes per weight of the largest matrix. Between 0.9 and 1.4 times what was measured.
-CALIBRATED_MEMORY, MEMORY_PER_CHANNEL, MEMORY_PER_SOLVED_WEIGHT = 500 << 20, 24, 16
 EIGHT_BITS = 8.0  # from here on rounding costs nothing that a calibration could win back
 FLOAT_BITS = 16.0
 
@@ -187,14 +183,6 @@ def quantization(
     return replace(made, notes=notes, text=read_calibration(wishes.calibration), device=_device(wishes.device))
 
 
-def calibrated_memory(model: Model, tokens: int) -> int:
-    """About the peak memory of calibrating and solving, in bytes."""
-    a = model.architecture
-    largest = max(spec.shape[-2] * spec.shape[-1] for spec in a.tensors if len(spec.shape) > 1)
-    wide = max(a.intermediate, a.experts_used * a.expert_intermediate)
-    return CALIBRATED_MEMORY + MEMORY_PER_CHANNEL * tokens * (a.hidden + wide) + MEMORY_PER_SOLVED_WEIGHT * largest
-
-
 def to_measure(model: Model, wishes: Wishes) -> Quantization:
     """A calibration that only measures inputs. Raises: UsageError, and what read_calibration raises."""
     if problems := _impossible(wishes):
@@ -307,13 +295,16 @@ def assignments(quantization: Quantization, types: Mapping[str, str]) -> dict[st
 
 
 def calibration_of(
-    model: Model, wanted: Quantization, planned: Mapping[str, Assignment]
+    model: Model, wanted: Quantization, planned: Mapping[str, Assignment], shelf: Path | None = None
 ) -> tuple[Calibration, StatisticsFolder | None]:
     """The token batches, and the folder that keeps statistics, if one is asked for. planned: what each tensor gets.
+
+    shelf: a folder to keep activations in, None for in memory.
 
     Raises: what `sequences` and StatisticsFolder raise.
     """
     # Here, not above: rounding needs no torch, whose import takes a second and 150 MB.
+    from llmx.exporters.shelf import DiskShelf
     from llmx.exporters.statistics_folder import StatisticsFolder
     from llmx.quant.calibrate import Calibration
     from llmx.quant.inputs import batches
@@ -337,7 +328,8 @@ def calibration_of(
             "tensors": {name: _identity(a) for name, a in planned.items()},
         }
         store = StatisticsFolder(wanted.statistics, identity, wanted.device)
-    return Calibration(batches(found, HELD_OUT_EVERY, wanted.device), wanted.device, store), store
+    kept = None if shelf is None else DiskShelf(shelf)
+    return Calibration(batches(found, HELD_OUT_EVERY, wanted.device), wanted.device, store, kept), store
 
 
 def _identity(assigned: Assignment) -> list[str | bool]:

@@ -38,6 +38,7 @@ def commands() -> None:
     help="A folder, or a .gguf file. [default: the current folder; ONNX: a new one in it]",
 )  # fmt: skip
 @options.threads
+@options.max_memory
 @click.option("--validate/--no-validate", default=True, show_default=True, help="Rerun the artifact on its runtime.")
 @options.limits
 @click.option("--ort", is_flag=True, default=None, help="ONNX: write an .ort file too, for onnxruntime on phones.")
@@ -74,6 +75,7 @@ def export(output: Path | None, validate: bool, force: bool, as_json: bool, **ch
 @options.revision
 @click.option("-o", "--output", type=options.ANY, help="Folder for report.json, report.html and junit.xml.")
 @options.threads
+@options.max_memory
 @options.limits
 @click.option("--blame", is_flag=True, help="Name the tensor at fault even if no check fails; else only then.")
 @options.json_option
@@ -90,7 +92,8 @@ def validate(artifact: Path, reference: str | None, output: Path | None, as_json
     """
     from llmx import api, describe
 
-    how = {name: chosen.pop(name) for name in ("against", "revision", "text", "positions", "threads", "blame")}
+    names = ("against", "revision", "text", "positions", "threads", "max_memory", "blame")
+    how = {name: chosen.pop(name) for name in names}
     report = api.validate(artifact, reference, limits=api.limits(**chosen), output=output, **how)
     options.answer(as_json, report.to_dict(), lambda: describe.report(report))
     click.get_current_context().exit(api.exit_code(report))
@@ -101,6 +104,7 @@ def validate(artifact: Path, reference: str | None, output: Path | None, as_json
 @options.what
 @options.how
 @options.threads
+@options.max_memory
 @options.json_option
 def plan(as_json: bool, **chosen: Any) -> None:
     """Print every tensor's type, the exact output size, the memory and the fall-backs, without reading a weight.

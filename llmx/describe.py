@@ -25,7 +25,7 @@ def export(result: ExportResult) -> str:
     lines = [
         f"{result.artifact}",
         f"  {result.plan['type']}, {_megabytes(result.nbytes)}, {result.plan['bits_per_weight']:.2f} bits per weight",
-        f"  written in {result.seconds:.1f} s, peak memory {_megabytes(result.peak_rss_bytes)}",
+        f"  written in {result.seconds:.1f} s, peak memory {_megabytes(result.peak_rss_bytes)}{_beyond(result)}",
         *_remarks(result.plan),
         *_methods(result),
     ]
@@ -35,6 +35,14 @@ def export(result: ExportResult) -> str:
         lines += ["", report(result.validation).rstrip()]
     converted = [] if result.ort is None else [f"for phones: {result.ort}"]
     return "\n".join([*lines, *converted, f"report: {result.report_path}"])
+
+
+def _beyond(result: ExportResult) -> str:
+    """That more memory was taken than was allowed."""
+    limit = result.plan["needs"]["memory_limit_bytes"]
+    if limit is None or result.peak_rss_bytes <= limit:
+        return ""
+    return f": MORE than the {_megabytes(limit)} that --max-memory allows"
 
 
 def calibrated(result: CalibrateResult) -> str:
@@ -74,10 +82,26 @@ def plan(prepared: Prepared) -> str:
         _table(("tensor", "shape", "type", "bytes", "instead of"), rows),
         *(f"{f['name']}  {'about ' * ('estimated' in f)}{f['bytes']:,} bytes" for f in described["files"]),
         f"  {planned.parameters:,} parameters, {planned.bits_per_weight:.2f} bits per weight: {types}",
-        f"  peak memory about {_megabytes(prepared.peak_memory_bytes)}",
+        *_needs(described["needs"]),
         *_remarks(described),
     ]
     return "\n".join(lines)
+
+
+def _needs(told: dict[str, Any]) -> list[str]:
+    """Memory, disk and time, all estimated."""
+    limit = told["memory_limit_bytes"]
+    within = "" if limit is None else f" of {_megabytes(limit)} that --max-memory allows"
+    kept = ", activations kept on disk" if told["activations_on_disk"] else ""
+    return [
+        f"  peak memory about {_megabytes(told['memory_bytes'])}{within}, on {told['threads']} threads{kept}",
+        f"  validation takes about {_megabytes(told['validation_memory_bytes'])} of memory",
+        f"  disk about {_megabytes(told['disk_bytes'])}, time about {_duration(told['seconds'])}",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} minutes"
 
 
 def file(found: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmx import publishing, rebuilding, resuming
-from llmx.memory import peak_rss_bytes, require_memory
+from llmx import preflight, publishing, rebuilding, resuming
+from llmx.memory import peak_rss_bytes, watched
 from llmx.preparing import ExportRequest, Prepared, prepare
 from llmx.validating import require_runtime, validate
 
@@ -59,6 +59,7 @@ class ExportResult:
         }
 
 
+@watched
 def export(request: ExportRequest) -> ExportResult:
     """Turn a checkpoint into a proven artifact: plan, check every weight, solve, write, rerun on the runtime, publish.
 
@@ -81,9 +82,8 @@ def export(request: ExportRequest) -> ExportResult:
         check_convertible(exporter.plan.nbytes)
     if request.validate:
         require_runtime(request.format)
-        require_memory(exporter.plan.parameters)
+    preflight.require(prepared, place)
     artifact.make_folder(place.parent)
-    artifact.check_room(place.parent, exporter.plan.nbytes * (2 if prepared.quantization.calibrated else 1))
     key = resuming.key_of(prepared)
     with workplace([*targets, manifest_path(targets[0])], place, key, resume=request.resume) as work:
         *partial, kept = work.files
@@ -147,6 +147,7 @@ def _judged(prepared: Prepared, artifact: Path, facts: dict[str, object]) -> Rep
         positions=request.positions,
         limits=request.limits,
         threads=request.threads,
+        max_memory=request.max_memory,
         facts=facts,
     )
 
@@ -159,7 +160,9 @@ def _written(prepared: Prepared, work: Workplace, partial: list[Path]) -> tuple[
     from llmx.exporters.solving import solve_tensors
 
     planned = assignments(prepared.quantization, prepared.exporter.types_to_solve())
-    calibration, store = calibration_of(prepared.model, prepared.quantization, planned)
+    calibration, store = calibration_of(
+        prepared.model, prepared.quantization, planned, work.kept.parent / "shelf" if prepared.shelved else None
+    )
     if prepared.quantization.inputs_only:
         exporter = prepared.exporter.calibrated(prepared.exporter.model, calibration, prepared.threads)
         return _write(exporter, work, partial, None), None

@@ -16,6 +16,7 @@ JSON_OPTION = "--json"
 json_option = click.option(JSON_OPTION, "as_json", is_flag=True, help="Print one JSON object on stdout.")
 revision = click.option("--revision", metavar="REV", help="Revision of a hub model (branch, tag or commit).")
 threads = click.option("--threads", type=int, default=0, show_default="all cores", help="Worker threads.")
+max_memory = click.option("--max-memory", metavar="SIZE", help="Memory to keep within, for example 4GB.")
 FILE = click.Path(path_type=Path, dir_okay=False)
 ANY = click.Path(path_type=Path)
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmx import rebuilding
+from llmx import preflight, rebuilding
 from llmx.errors import UsageError
+from llmx.memory import parse_limit
 from llmx.validating import available_cores, check_threads
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class ExportRequest:
     max_batch, max_input, max_length: sequences, new positions, and positions in all that an engine takes at most.
     ort: whether an .ort file, made of the artifact and not part of it, is written beside it.
     output: None takes the current folder, or one in it that is named after the artifact where that is a folder.
+    max_memory: bytes that making and rerunning the artifact may take, as "4GB"; None takes what the machine has.
     resume: go on with what the same export left when it was stopped. sparsity: the pattern of zeros, "2:4" or "50%";
     None takes the recipe's; without a type the weights that are left stay floats.
     from_manifest: a manifest that says all that shapes the bytes; model may then be empty where the manifest names a
@@ -104,6 +106,7 @@ class ExportRequest:
     split_max_size: str | None = None
     output: Path | None = None
     threads: int = 0
+    max_memory: str | None = None
     validate: bool = True
     force: bool = False
     resume: bool = False
@@ -115,7 +118,10 @@ class ExportRequest:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request thought through: nothing has been written yet."""
+    """A request thought through: nothing has been written yet.
+
+    threads: as many as memory allows. limit: bytes of memory, None without one. shelved: activations are kept on disk.
+    """
 
     request: ExportRequest
     format: Format
@@ -123,23 +129,16 @@ class Prepared:
     exporter: Exporter
     quantization: Quantization
     threads: int
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        """Estimated: what writing takes, or calibrating where that is more."""
-        from llmx.exporters.quantization import calibrated_memory
-
-        writing = self.exporter.plan.peak_memory_bytes
-        if not self.quantization.calibrated:
-            return writing
-        return max(writing, calibrated_memory(self.model, self.quantization.tokens))
+    limit: int | None = None
+    shelved: bool = False
 
     def described(self) -> dict[str, Any]:
         """The plan as plain data, with what was decided of quantizing."""
         told = self.exporter.plan.to_json()
         told["notes"] = [*told["notes"], *self.quantization.notes]
         told["quantization"] = self.quantization.to_json()
-        told["peak_memory_bytes"] = self.peak_memory_bytes
+        told["peak_memory_bytes"] = preflight.peak(self)
+        told["needs"] = preflight.needs(self)
         return told
 
 
@@ -157,7 +156,7 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
     target = find_format(request.format)
     _check_request(request, target)
     default = _default_type(request, target)
-    threads = request.threads or available_cores()
+    threads, limit = request.threads or available_cores(), parse_limit(request.max_memory)
     wishes = _wishes(request, manifest)
     if manifest is None:
         named = target.named_type(request.bits, request.type_name)
@@ -182,7 +181,10 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
             f"--statistics keeps what weights are solved with, and {draft.type_name} rounds them",
             fix="leave it out, or choose --method gptq",
         )
-    exporter = draft.planned(_as_read(model, decided), decided, threads)
+    read = _as_read(model, decided)
+    exporter, threads, shelved = preflight.chosen(
+        lambda count: draft.planned(read, decided, count), model, decided, threads, limit
+    )
     if request.target_size is not None or request.target_bpw is not None:
         exporter = _within_budget(request, exporter, decided.text, threads)
     _check_sparse(exporter, decided, target)
@@ -192,7 +194,7 @@ def prepare(request: ExportRequest, manifest: Manifest | None) -> Prepared:
             f"a {draft.type_name} file holds no quantized tensor: there is nothing to calibrate",
             fix="leave out --method and --calibration, or choose a smaller type",
         )
-    return Prepared(request, target, model, exporter, decided, threads)
+    return Prepared(request, target, model, exporter, decided, threads, limit, shelved)
 
 
 def _as_read(model: Model, decided: Quantization) -> Model:

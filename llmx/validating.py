@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmx.errors import RuntimeMissing, UsageError
+from llmx.memory import parse_limit, peak_rss_bytes, require_validation, watched
 
 if TYPE_CHECKING:
     from llmx.models.model import Model
-    from llmx.validate.case import Limits
-    from llmx.validate.report import Report
+    from llmx.validate.case import Limits, Settings
+    from llmx.validate.report import Check, Report
 
 REPORT_NAME = "report.json"
 JUNIT_NAME = "junit.xml"
@@ -37,6 +38,7 @@ def check_threads(threads: int) -> None:
         raise UsageError("--threads cannot be negative", fix="0 takes every core")
 
 
+@watched
 def validate(
     artifact: Path,
     reference: str | Path | Model | None,
@@ -48,6 +50,7 @@ def validate(
     limits: Limits | None = None,
     output: Path | None = None,
     threads: int = 0,
+    max_memory: str | None = None,
     blame: bool = False,
     facts: dict[str, object] | None = None,
 ) -> Report:
@@ -56,14 +59,15 @@ def validate(
     against: another artifact of the same model to judge it against, too; without a reference, what takes the
     checkpoint is not applicable, and a gate that names such a check keeps the report from passing.
     positions: how many next-token distributions to compare; a text with fewer is refused. None: 512, or fewer.
-    output: a folder for report.json, report.html and junit.xml. blame: name the tensor at fault, also where none is.
+    output: a folder for report.json, report.html and junit.xml. max_memory: bytes to keep within, as "8GB". blame: name
+    the tensor at fault, also where none is.
     facts: more about the artifact, for the report.
-    Raises: IntegrityError for a broken artifact, UsageError for one that is not there or a text that cannot be read.
+    Raises: IntegrityError for a broken artifact, UsageError for one that is not there or a text that cannot be read,
+    ResourceError where the reference does not fit into max_memory.
     """
     from llmx.exporters import artifact as files
     from llmx.exporters.gguf_model import open_source
     from llmx.progress import stages
-    from llmx.validate.case import Settings
     from llmx.validate.junit import junit
     from llmx.validate.suite import validate as run_checks
 
@@ -73,11 +77,11 @@ def validate(
             raise UsageError("there is no such artifact", where=path, fix="give a .gguf file, or an ONNX folder")
     if reference is None and (revision is not None or blame):
         raise UsageError("--revision and --blame are about the checkpoint", fix="give --reference, too")
-    settings = Settings(threads=threads or available_cores(), blame=blame)
-    if positions is not None:
-        settings = replace(settings, positions=positions, least_positions=positions)
+    limit = parse_limit(max_memory)
+    settings = _settings(threads, positions, limit, blame=blame)
     model = open_source(reference, revision) if isinstance(reference, str | Path) else reference
     if model is not None:
+        _require_memory(artifact, model, limit)
         model.checkpoint.materialize()
     with stages("validating") as stage:
         report = run_checks(
@@ -89,12 +93,44 @@ def validate(
             settings=settings,
             progress=stage,
         )
-    report = replace(report, facts={**report.facts, **(facts or {})})
+    memory = () if limit is None else (_memory(limit),)
+    report = replace(report, checks=(*report.checks, *memory), facts={**report.facts, **(facts or {})})
     if output is not None:
         files.make_folder(output)
         write_report(output / REPORT_NAME, report.to_dict())
         files.write_text(output / JUNIT_NAME, junit(report.to_dict()))
     return report
+
+
+def _settings(threads: int, positions: int | None, limit: int | None, *, blame: bool) -> Settings:
+    """What is run, and what of it has to be smaller under a limit of memory."""
+    from llmx.validate.case import Settings
+
+    settings = Settings(threads=threads or available_cores(), blame=blame)
+    if positions is not None:
+        settings = replace(settings, positions=positions, least_positions=positions)
+    if limit is not None:
+        twin, scores = min(settings.twin_bytes, limit // 4), min(settings.attention_bytes, limit // 8)
+        settings = replace(settings, memory_bytes=limit, twin_bytes=twin, attention_bytes=scores)
+    return settings
+
+
+def _require_memory(artifact: Path, model: Model, limit: int | None) -> None:
+    """Raises: ResourceError where the limit is too small for the float32 reference and the artifact."""
+    files = [path for path in artifact.iterdir() if path.is_file()] if artifact.is_dir() else [artifact]
+    nbytes = sum(path.stat().st_size for path in files)
+    parameters = sum(weight.rows * weight.cols for weight in model.weights())
+    format_ = "trtllm" if artifact.is_dir() and any(path.suffix == ".safetensors" for path in files) else ""
+    require_validation(format_, parameters, nbytes, limit)
+
+
+def _memory(limit: int) -> Check:
+    """What was taken, and whether that is more than was allowed; the artifact is none the worse for it."""
+    from llmx.validate.report import reported
+
+    peak = peak_rss_bytes()
+    told = f"{'MORE than' if peak > limit else 'within'} the {limit:,} that --max-memory allows"
+    return reported("memory.peak", peak, "bytes", told)
 
 
 def write_report(path: Path, told: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from llmx.models.decoder import embed, head, layer
 from llmx.models.model import Model, Weight
 from llmx.models.ops_torch import ACTIVATIONS, TorchOps
 from llmx.quant.calibrate_experts import ExpertMatrices, from_store, mixture
-from llmx.quant.inputs import Batch, MatrixInputs, Pair, StatisticsStore, Value, flat
+from llmx.quant.inputs import Batch, MatrixInputs, Pair, Shelf, StatisticsStore, Value, flat, gathered
 from llmx.quant.statistics import Inputs
 from llmx.quant.workers import Workers, spans
 
@@ -84,8 +84,9 @@ class PairedOps:
         device: str,
         store: StatisticsStore | None,
         watch: Watch | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
-        self._watch = watch
+        self._watch, self._shelf = watch, shelf
         self._architecture: Architecture = model.architecture
         self._batches, self._solver, self._store = batches, solver, store
         self._readers, self._workers = workers, workers.on(device)
@@ -169,13 +170,15 @@ class PairedOps:
             self._watch(layer, self._states(k), self._states(v))
         return Value(attended)
 
-    def _states(self, x: Value) -> list[Inputs]:
+    def _states(self, x: Value) -> Sequence[Inputs]:
         """What is cached of each batch."""
 
         def states(number: int) -> Inputs:
             a, b = (flat(self._torch.merge_heads(part)) for part in x.at(number))
             return Inputs(a, b, held_out=self._batches[number].held_out)
 
+        if self._shelf is not None:
+            return gathered(states, self._batches, self._shelf)
         return self._workers.map(states, range(len(self._batches)))
 
     def experts(
@@ -204,9 +207,9 @@ class PairedOps:
     def settle(self, x: Value) -> None:
         """Hold x and the residual stream up to here, in order, so that each is computed from the one before it."""
         for passed in self._residuals:
-            passed.keep(len(self._batches), self._workers)
+            passed.keep(len(self._batches), self._workers, self._shelf)
         del self._residuals[:-1]
-        x.keep(len(self._batches), self._workers)
+        x.keep(len(self._batches), self._workers, self._shelf)
 
     def _inputs(self, x: Value, weight: Weight) -> MatrixInputs:
         """What the solver may ask about the inputs of a matrix; matrices with one input share it."""
@@ -216,11 +219,11 @@ class PairedOps:
             # Weak, because x holds what is asked of it: a circle would keep a layer's activations until some later day.
             own = weakref.ref(x)
 
-            def gather() -> list[Inputs]:
+            def gather() -> Sequence[Inputs]:
                 found = own()
                 assert found is not None, "a matrix's inputs are alive while it is solved"
                 self.settle(found)
-                return [self._batch_of(number, found, residual) for number in range(len(self._batches))]
+                return gathered(lambda number: self._batch_of(number, found, residual), self._batches, self._shelf)
 
             x.asked = MatrixInputs(weight.spec.name.removesuffix(".weight"), gather, self._store, self._workers)
         return x.asked
@@ -255,11 +258,15 @@ def loaded(weight: Weight, workers: Workers, device: torch.device | str, start: 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Token sequences to walk, in batches of one length. store: keeps statistics for a later run, or None."""
+    """Token sequences to walk, in batches of one length. store: keeps statistics for a later run, or None.
+
+    shelf: where activations are kept, None for in memory. A mixture of experts holds one layer's in memory anyway.
+    """
 
     batches: tuple[Batch, ...]
     device: str = "cpu"
     store: StatisticsStore | None = None
+    shelf: Shelf | None = None
 
 
 def walk(model: Model, calibration: Calibration, solver: Solver, workers: Workers, watch: Watch | None = None) -> None:
@@ -267,8 +274,8 @@ def walk(model: Model, calibration: Calibration, solver: Solver, workers: Worker
 
     watch: sees what every layer caches; with it no statistics may be kept, because then nothing is computed.
     """
-    batches, device = calibration.batches, calibration.device
-    ops = PairedOps(model, batches, solver, workers, device=device, store=calibration.store, watch=watch)
+    batches, device, shelf = calibration.batches, calibration.device, calibration.shelf
+    ops = PairedOps(model, batches, solver, workers, device=device, store=calibration.store, watch=watch, shelf=shelf)
     tokens = Value(lambda batch: _alike(batches[batch].tokens))
     positions = Value(lambda batch: _alike(torch.arange(batches[batch].tokens.shape[1], device=device)))
     with torch.inference_mode():

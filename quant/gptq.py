@@ -31,18 +31,21 @@ def damped(hessian: Tensor, share: float) -> Tensor:
     """The Hessian plus `share` of its mean diagonal on the diagonal. A column that saw nothing gets the mean."""
     diagonal = hessian.diagonal()
     mean = diagonal.double().mean().clamp_min(1e-30).float()
-    return hessian + torch.diag(torch.where(diagonal > 0, mean * share, mean))
+    made = hessian.clone()
+    made.diagonal().add_(torch.where(diagonal > 0, mean * share, mean))
+    return made
 
 
 def factorize(hessian: Tensor) -> Factor | None:
     """U of a damped Hessian in float64, heaviest columns first; None where it is not positive definite."""
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    sorted_ = hessian[order][:, order].double()
+    turned = hessian[order.flip(0)][:, order.flip(0)].double()
     # H = V Vᵀ with V upper is the Cholesky factor of H turned round; U = V⁻¹.
-    lower, failed = torch.linalg.cholesky_ex(sorted_.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(turned)
     if int(failed) != 0:
         return None
     upper = lower.flip(0, 1)
+    del turned, lower  # of a wide matrix each takes gigabytes
     identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     return Factor(order, torch.linalg.solve_triangular(upper, identity, upper=True).float().contiguous())
 

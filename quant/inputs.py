@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from llmx.quant.statistics import Inputs, Statistics, statistics, sum_of_squares
+from llmx.quant.statistics import Inputs, Later, Statistics, statistics, sum_of_squares
 from llmx.quant.workers import Workers
 
 Tensor = torch.Tensor
@@ -51,6 +51,14 @@ class StatisticsStore(Protocol):
     def save(self, key: str, found: Statistics) -> None: ...
 
 
+class Shelf(Protocol):
+    """Keeps values elsewhere than in memory until the last who may ask for them is gone."""
+
+    def put(self, value: Pair) -> Callable[[], Pair]:
+        """Returns what gives the value again, bit by bit, and one tensor twice where it was. From any thread."""
+        ...
+
+
 class MatrixInputs:
     """The inputs of one or more matrices. key: the first matrix with them, "layers.3.q"; an expert's has its number.
 
@@ -62,12 +70,12 @@ class MatrixInputs:
     def __init__(
         self,
         key: str,
-        gather: Callable[[], list[Inputs]],
+        gather: Callable[[], Sequence[Inputs]],
         store: StatisticsStore | None,
         workers: Workers,
         *,
         pooled: bool = False,
-        reached: Callable[[], list[Inputs]] | None = None,
+        reached: Callable[[], Sequence[Inputs]] | None = None,
     ) -> None:
         self.key, self._pooled = key, pooled
         self._gather, self._store, self._workers = gather, store, workers
@@ -82,7 +90,7 @@ class MatrixInputs:
         made._found = found
         return made
 
-    def batches(self) -> list[Inputs]:
+    def batches(self) -> Sequence[Inputs]:
         """The inputs themselves; none any more once the statistics have been asked for."""
         return self._gather()
 
@@ -103,7 +111,8 @@ class MatrixInputs:
             return self._found.squares, self._found.tokens
         if self._squares is None:  # q, k and v ask for the same
             gathered = self._reached()
-            self._squares = sum_of_squares(gathered, self._workers), sum(len(batch.float_) for batch in gathered)
+            tokens = sum(len(batch.float_) for batch in gathered)
+            self._squares = sum_of_squares(gathered, self._workers), tokens
         return self._squares
 
 
@@ -114,20 +123,32 @@ class Value:
 
     def __init__(self, compute: Callable[[int], Pair]) -> None:
         self._compute: Callable[[int], Pair] | None = compute
-        self._kept: list[Pair] | None = None
+        self._kept: list[Callable[[], Pair]] | None = None
         self.asked: MatrixInputs | None = None  # of the matrices that have this input
 
     def at(self, batch: int) -> Pair:
         if self._kept is not None:
-            return self._kept[batch]
+            return self._kept[batch]()
         assert self._compute is not None, "a value is computed or kept"
         return self._compute(batch)
 
-    def keep(self, count: int, workers: Workers) -> None:
-        """Compute every batch now and hold it; what it was computed from is let go."""
+    def keep(self, count: int, workers: Workers, shelf: Shelf | None = None) -> None:
+        """Compute every batch now and hold it, on the shelf if there is one; what it was computed from is let go."""
         if self._kept is None:
-            self._kept = workers.map(self.at, range(count))
+
+            def held(batch: int) -> Callable[[], Pair]:
+                value = self.at(batch)
+                return (lambda: value) if shelf is None else shelf.put(value)
+
+            self._kept = workers.map(held, range(count))
             self._compute = None
+
+
+def gathered(make: Callable[[int], Inputs], batches: Sequence[Batch], shelf: Shelf | None) -> Sequence[Inputs]:
+    """The inputs of every batch: all now, or each when it is asked for, where there is a shelf to get it from."""
+    if shelf is None:
+        return [make(number) for number in range(len(batches))]
+    return Later(make, [batch.held_out for batch in batches])
 
 
 def flat(values: Tensor) -> Tensor:

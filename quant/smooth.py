@@ -30,7 +30,7 @@ from llmx.quant.calibrate import Calibration
 from llmx.quant.inputs import MatrixInputs
 from llmx.quant.protocol import Effort, Grid
 from llmx.quant.scale_search import Candidate, Consumer, Grids, Scaling, find_scales, normalized, rounded
-from llmx.quant.statistics import Inputs
+from llmx.quant.statistics import Inputs, those
 from llmx.quant.transforms import ScalePair
 from llmx.quant.workers import Workers
 
@@ -123,8 +123,8 @@ def _shares(weight: Floats, judged: Sample) -> Floats:
 
 def samples(batches: Sequence[Inputs]) -> Samples:
     """Of the fitted batches, and of those held out; where none is, the same."""
-    fitted = sample([batch for batch in batches if not batch.held_out] or batches)
-    judged = [batch for batch in batches if batch.held_out]
+    fitted = sample(those(batches, False) or batches)
+    judged = those(batches, True)
     return Samples(fitted, sample(judged) if judged else fitted)
 
 
@@ -133,19 +133,36 @@ def sample(batches: Sequence[Inputs], others: int = OTHERS) -> Sample:
 
     others: at most about how many of these there are.
     """
-    inputs = torch.cat([batch.float_ for batch in batches])
-    order = inputs.abs().amax(1).argsort(descending=True, stable=True)
+    rows, columns, ends = zip(*(_extent(batch.float_) for batch in batches if len(batch.float_)), strict=True)
+    order = torch.cat(rows).argsort(descending=True, stable=True)
     extremes, rest = order[:EXTREMES], order[EXTREMES:].sort().values
     spread = rest[:: max(1, -(-len(rest) // others))]
     counts = np.ones((len(extremes) + len(spread), 1), np.float32)
     counts[len(extremes) :] = len(rest) / max(1, len(spread))
     return Sample(
-        inputs[torch.cat([extremes, spread])].cpu().numpy(),
+        _taken(batches, torch.cat([extremes, spread])).cpu().numpy(),
         counts,
-        inputs.abs().amax(0).cpu().numpy(),
-        min(float(inputs.min()), 0.0),
-        max(float(inputs.max()), 0.0),
+        torch.stack(columns).amax(0).cpu().numpy(),
+        min(*(low for low, _ in ends), 0.0),
+        max(*(high for _, high in ends), 0.0),
     )
+
+
+def _extent(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[float, float]]:
+    """The largest magnitude of every row and of every column; the smallest value and the largest."""
+    sizes = inputs.abs()
+    return sizes.amax(1), sizes.amax(0), (float(inputs.min()), float(inputs.max()))
+
+
+def _taken(batches: Sequence[Inputs], rows: torch.Tensor) -> torch.Tensor:
+    """f32[rows, in]: these rows of all batches' float inputs, one batch in memory at a time."""
+    places, found, first = [], [], 0
+    for batch in batches:
+        own = torch.where((rows >= first) & (rows < first + len(batch.float_)))[0]
+        places.append(own)
+        found.append(batch.float_[rows[own] - first])
+        first += len(batch.float_)
+    return torch.cat(found)[torch.cat(places).argsort()]
 
 
 def _samples(consumer: Consumer) -> Samples:

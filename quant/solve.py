@@ -33,6 +33,7 @@ PLAIN_SHARE = 0.1  # of damping, where nothing is repaired
 FITTED = 64  # rows whose scales one worker looks for: 16 cores have work in a matrix of 1024
 # Rows solved together: on the CPU their arrays stay in a core's cache; a GPU wants many at once.
 ROWS = {"cpu": 256, "cuda": 8192}
+KEPT_FACTORS = 1 << 30  # bytes of factors that matrices of one input share; more are made anew, which takes less time
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ class Solution:
 
 @dataclass(slots=True)
 class Prepared:
-    """What the matrices of one input share: factors of its damped Hessian, made once for each share."""
+    """What the matrices of one input share: factors of its damped Hessian, made once for each share while there is
+    room for them."""
 
     statistics: Statistics
     _inverse: dict[float, Tensor] = field(default_factory=dict)
@@ -83,12 +85,14 @@ class Prepared:
 
     def cholesky(self, share: float) -> Tensor | None:
         """f64[in, in], lower; None where the damped Hessian is not positive definite."""
-        if share not in self._inverse:
-            lower, failed = torch.linalg.cholesky_ex(damped(self.statistics.fitted.hessian, share).double())
-            if int(failed) != 0:
-                return None
+        if share in self._inverse:
+            return self._inverse[share]
+        lower, failed = torch.linalg.cholesky_ex(damped(self.statistics.fitted.hessian, share).double())
+        if int(failed) != 0:
+            return None
+        if (len(self._inverse) + 1) * lower.nbytes <= KEPT_FACTORS:
             self._inverse[share] = lower
-        return self._inverse[share]
+        return lower
 
     def factor(self, share: float) -> Factor | None:
         if share not in self._factor:
@@ -122,13 +126,17 @@ def target(
     def lost(part: slice, lower: Tensor) -> float:
         return loss(weight[part], moved(part, lower), found.held_out, found.held_out.pull(weight, part))
 
-    usable = [(share, lower) for share in shares if (lower := prepared.cholesky(share)) is not None]
-    if not usable:
+    best: tuple[float, float, Tensor] | None = None
+    for share in shares:
+        lower = prepared.cholesky(share)
+        if lower is not None:
+            loss_there = sum(here.map(partial(lost, lower=lower), parts))
+            if best is None or loss_there < best[0]:
+                best = loss_there, share, lower
+    if best is None:
         return weight, shares[-1], 0.0
-    losses = [sum(here.map(partial(lost, lower=lower), parts)) for _, lower in usable]
-    least = losses.index(min(losses))
-    share, lower = usable[least]
-    return torch.cat(here.map(partial(moved, lower=lower), parts)), share, losses[least]
+    least, share, lower = best
+    return torch.cat(here.map(partial(moved, lower=lower), parts)), share, least
 
 
 def solve(

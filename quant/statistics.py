@@ -12,7 +12,7 @@ Source of the asymmetric target: GPTAQ, arXiv 2504.02692; the residual's error i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,38 @@ class Inputs:
     held_out: bool = False
 
 
+class Later(Sequence[Inputs]):
+    """Batches of inputs that are made when they are asked for, so that one of them is in memory at a time.
+
+    held_out: of each, whether it is. make: the batch of a number.
+    """
+
+    __slots__ = ("_held_out", "_make", "_numbers")
+
+    def __init__(
+        self, make: Callable[[int], Inputs], held_out: Sequence[bool], numbers: Sequence[int] | None = None
+    ) -> None:
+        self._make, self._held_out = make, held_out
+        self._numbers = range(len(held_out)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place: int) -> Inputs:  # type: ignore[override]
+        return self._make(self._numbers[place])
+
+    def those(self, held_out: bool) -> Later:
+        """The held-out ones, or the others; none of them is made."""
+        return Later(self._make, self._held_out, [n for n in self._numbers if self._held_out[n] is held_out])
+
+
+def those(batches: Sequence[Inputs], held_out: bool) -> Sequence[Inputs]:
+    """The held-out batches, or the others."""
+    if isinstance(batches, Later):
+        return batches.those(held_out)
+    return [batch for batch in batches if batch.held_out is held_out]
+
+
 def moments(batches: Sequence[Inputs], workers: Workers) -> Moments:
     """The sums over these batches, in their order; the workers share the columns."""
     first = batches[0]
@@ -96,8 +128,9 @@ def moments(batches: Sequence[Inputs], workers: Workers) -> Moments:
     hessian = torch.zeros(size, size, device=device)
     drift = torch.zeros(size, size, device=device) if drifts else None
     residual = None if first.residual is None else torch.zeros(first.residual.shape[1], size, device=device)
-    tiles, workers = spans(size, TILE[device.type]), workers.on(device)
+    tiles, workers, tokens = spans(size, TILE[device.type]), workers.on(device), 0
     for batch in batches:
+        tokens += len(batch.quantized)
         right = batch.quantized if batch.weights is None else batch.quantized * batch.weights
         moved = batch.float_ - batch.quantized if drifts else None
 
@@ -109,7 +142,7 @@ def moments(batches: Sequence[Inputs], workers: Workers) -> Moments:
                 residual[:, columns].addmm_(batch.residual.T, right[:, columns])
 
         workers.map(add, tiles)
-    return Moments(hessian, drift, residual, sum(len(batch.quantized) for batch in batches))
+    return Moments(hessian, drift, residual, tokens)
 
 
 def statistics(batches: Sequence[Inputs], workers: Workers, *, pooled: bool = False) -> Statistics:
@@ -117,8 +150,8 @@ def statistics(batches: Sequence[Inputs], workers: Workers, *, pooled: bool = Fa
 
     With no batch to hold out the judge sees what was fitted.
     """
-    fit = [batch for batch in batches if not batch.held_out] or list(batches)
-    judge = [batch for batch in batches if batch.held_out] or fit
+    fit = those(batches, False) or batches
+    judge = those(batches, True) or fit
     fitted = moments(fit, workers)
     judged = fitted if judge is fit else moments(judge, workers)
     return Statistics(fitted, judged, sum_of_squares(batches, workers), pooled)
@@ -127,4 +160,4 @@ def statistics(batches: Sequence[Inputs], workers: Workers, *, pooled: bool = Fa
 def sum_of_squares(batches: Sequence[Inputs], workers: Workers) -> Tensor:
     """f32[in]: Σ x² of the float inputs, added batch by batch."""
     workers = workers.on(batches[0].float_.device)
-    return torch.stack(workers.map(lambda batch: batch.float_.square().sum(0), batches)).sum(0)
+    return torch.stack(workers.map(lambda number: batches[number].float_.square().sum(0), range(len(batches)))).sum(0)

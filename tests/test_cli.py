@@ -90,6 +90,18 @@ def test_validate_prints_checks_with_value_limit_and_unit(
     assert {"quality.same_top1", "quality.ppl_ratio", "speed.decode"} <= asked
 
 
+def test_plan_export_and_validate_take_a_limit_of_memory_and_exit_5_where_nothing_keeps_it(
+    exported: dict[str, object], tmp_path: Path, here: Callable[..., Done]
+) -> None:
+    planned = here("plan", EXAMPLE, "--bits", 4, *ROUNDED, "--max-memory", "2GB", "--json")
+    assert planned.told["needs"]["memory_bytes"] < planned.told["needs"]["memory_limit_bytes"] == 2_000_000_000
+    small = ("--max-memory", "100MB", "--json")
+    done = here("export", EXAMPLE, "--bits", 4, *ROUNDED, *small, "-o", tmp_path)
+    assert done.code == 5 and "--max-memory" in done.stderr
+    assert not list(tmp_path.iterdir())
+    assert here("validate", exported["artifact"], "--reference", EXAMPLE, *small).code == 5
+
+
 def test_a_limit_that_is_not_met_exits_4_and_still_prints_the_report(
     exported: dict[str, object], here: Callable[..., Done]
 ) -> None:

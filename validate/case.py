@@ -35,6 +35,7 @@ class Settings:
     least_positions: a text that gives fewer is refused. chunk: tokens fed at once, each chunk afresh.
     twin_bytes: how large the float32 twin of the conversion check may be, on disk and again in memory.
     attention_bytes: how large a layer's attention scores may be in the reference, which limits the longest sequence.
+    memory_bytes: what the whole validation may take, None for what the machine has.
     blame: look for the tensor at fault although no check failed.
     """
 
@@ -44,6 +45,7 @@ class Settings:
     threads: int = 1
     twin_bytes: int = 4 << 30
     attention_bytes: int = 512 << 20
+    memory_bytes: int | None = None
     blame: bool = False
 
 
@@ -170,6 +172,8 @@ class Case:
     def no_memory_for(self, weight_bytes: int) -> str | None:
         """Why a float32 reference of that size cannot be loaded, or None."""
         available = psutil.virtual_memory().available
+        if self.settings.memory_bytes is not None:
+            available = min(available, self.settings.memory_bytes)
         if weight_bytes <= available:
             return None
         return f"the float32 reference takes {weight_bytes} bytes of memory; {available} are available"
