@@ -14,7 +14,7 @@ from llmx.preparing import ExportRequest, Prepared, prepare
 from llmx.validating import require_runtime, validate
 
 if TYPE_CHECKING:
-    from llmx.exporters.solving import Solved
+    from llmx.exporters.solved import Solved
     from llmx.exporters.target import Exporter, WrittenTensor
     from llmx.exporters.workplace import Workplace
     from llmx.validate.report import Report

@@ -13,7 +13,8 @@ from llmx.exporters.encoding import encoding
 from llmx.exporters.format_types import ONNX
 from llmx.exporters.journal import start
 from llmx.exporters.quantization import Wishes, assignments, calibration_of, quantization
-from llmx.exporters.solving import MatrixSolver, Solved, solve_tensors
+from llmx.exporters.solved import Solved
+from llmx.exporters.solving import MatrixSolver, solve_tensors
 from llmx.models.model import Model, open_model
 from llmx.quant.recipe import Recipe
 from llmx.quant.sensitivity import candidates
