@@ -152,3 +152,9 @@ class GgufTarget:
 
     def manifest_options(self) -> Mapping[str, Any]:
         return {"split_max_bytes": self.export.options.split_max_bytes}
+
+    def derive(self, artifact: Path) -> Path | None:
+        return None
+
+    def derived(self, artifact: Path) -> Sequence[Path]:
+        return ()

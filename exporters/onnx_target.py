@@ -13,6 +13,7 @@ from llmx.exporters.encoding import GROUP_ENCODINGS
 from llmx.exporters.gguf_general import identify
 from llmx.exporters.onnx_genai import NO_TOKENIZER, REQUIRED
 from llmx.exporters.onnx_imports import import_ir
+from llmx.exporters.onnx_mobile import check_convertible
 from llmx.exporters.onnx_repack import TAKEN, TakenOver, source_notes, taking_over
 from llmx.exporters.onnx_types import BY_BITS, OnnxMix, find_mix, planned_scales, planned_types, wanted_types
 from llmx.exporters.target import Asked, WrittenTensor
@@ -82,7 +83,7 @@ class OnnxFormat:
         dialect = asked.dialect or DIALECT
         if dialect not in DIALECTS:
             raise UsageError(f"there is no dialect {dialect!r}", fix=f"choose one of {', '.join(sorted(DIALECTS))}")
-        return OnnxDraft(_mix(recipe.type), dialect)
+        return OnnxDraft(_mix(recipe.type), dialect, ort=bool(asked.ort))
 
 
 def _mix(name: str) -> OnnxMix:
@@ -95,6 +96,7 @@ class OnnxDraft:
 
     mix: OnnxMix
     dialect: str
+    ort: bool  # an .ort file is made of the graph
 
     @property
     def type_name(self) -> str:
@@ -138,7 +140,9 @@ class OnnxDraft:
             options = taking_over(model, options, ruled)
         folder = model.checkpoint.folder
         tokenizer = open_tokenizer(folder) if (folder / REQUIRED).is_file() else None
-        made = OnnxTarget(prepare(model, options, tokenizer), tokenizer, keeps, frozenset(ruled))
+        made = OnnxTarget(prepare(model, options, tokenizer), tokenizer, keeps, self.ort, frozenset(ruled))
+        if self.ort:
+            check_convertible(made.plan.nbytes)
         notes = [NO_TOKENIZER] if tokenizer is None else []
         notes += source_notes(model, options.types, keeps=keeps)
         if decided.calibrated and (ragged := made.ragged()):
@@ -154,12 +158,13 @@ class OnnxDraft:
 class OnnxTarget:
     """An Exporter over a planned ONNX export. keeps: rows come from a GGUF file as they are.
 
-    ruled: canonical names of the matrices whose types the recipe's rules gave.
+    ruled: canonical names of the matrices whose types the recipe's rules gave. ort: an .ort file is made of it.
     """
 
     export: OnnxExport
     tokenizer: Tokenizer | None
     keeps: bool = False
+    ort: bool = False
     ruled: frozenset[str] = frozenset()
 
     @property
@@ -250,3 +255,13 @@ class OnnxTarget:
 
     def manifest_options(self) -> Mapping[str, Any]:
         return {"split_max_bytes": None, "dialect": self.export.options.dialect}
+
+    def derive(self, artifact: Path) -> Path | None:
+        from llmx.exporters.onnx_mobile import convert
+
+        return convert(artifact) if self.ort else None
+
+    def derived(self, artifact: Path) -> Sequence[Path]:
+        from llmx.exporters.onnx_mobile import derived
+
+        return derived(artifact)

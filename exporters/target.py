@@ -138,6 +138,14 @@ class Exporter(Protocol):
         """What of the format's own options shapes the bytes, for the manifest's `options`."""
         ...
 
+    def derive(self, artifact: Path) -> Path | None:
+        """Make of the published artifact what was asked for beside it; None where nothing was."""
+        ...
+
+    def derived(self, artifact: Path) -> Sequence[Path]:
+        """What may have been made of an artifact that stood here, and is of no use once that is replaced."""
+        ...
+
 
 class Draft(Protocol):
     """What is made, before the model is opened. base: the type whose bits the most weights have.

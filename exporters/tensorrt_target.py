@@ -278,3 +278,9 @@ class TensorRtTarget:
             "wide_head": self.export.graph.options.wide_head,
             "optimization_level": options.level,
         }
+
+    def derive(self, artifact: Path) -> Path | None:
+        return None
+
+    def derived(self, artifact: Path) -> Sequence[Path]:
+        return ()

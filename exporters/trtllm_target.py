@@ -217,3 +217,9 @@ class TrtllmTarget:
             "pp": None if options.layout == HF else options.mesh.pp,
             "kv_cache": options.cache,
         }
+
+    def derive(self, artifact: Path) -> Path | None:
+        return None
+
+    def derived(self, artifact: Path) -> Sequence[Path]:
+        return ()

@@ -76,10 +76,6 @@ def export(request: ExportRequest) -> ExportResult:
     exporter, model, is_folder = prepared.exporter, prepared.model, prepared.format.is_folder
     targets = exporter.targets(request.output)
     place = _place(prepared, targets)
-    if request.ort:
-        from llmx.exporters.onnx_mobile import check_convertible
-
-        check_convertible(exporter.plan.nbytes)
     if request.validate:
         require_runtime(request.format)
     preflight.require(prepared, place)
@@ -102,7 +98,8 @@ def export(request: ExportRequest) -> ExportResult:
         kept.write_text(as_text(proof), encoding="utf-8")  # the checks compare digests with it
         report = _judged(prepared, partial[0], facts) if request.validate else None
         kept.write_text(as_text({**proof, "runtime": rebuilding.runtime_of(report)}), encoding="utf-8")
-        report_path = publishing.publish([*partial, kept], targets, report, facts, is_folder=is_folder)
+        derived = exporter.derived(targets[0]) if is_folder else None
+        report_path = publishing.publish([*partial, kept], targets, report, facts, derived)
     return ExportResult(
         artifact=targets[0],
         nbytes=sum(file["bytes"] for file in files),
@@ -114,14 +111,8 @@ def export(request: ExportRequest) -> ExportResult:
         plan=told,
         validation=report,
         solved=tuple(told["solved"]),
-        ort=_converted(targets[0]) if request.ort else None,
+        ort=exporter.derive(targets[0]),
     )
-
-
-def _converted(artifact: Path) -> Path:
-    from llmx.exporters.onnx_mobile import convert
-
-    return convert(artifact)
 
 
 def _place(prepared: Prepared, targets: list[Path]) -> Path:

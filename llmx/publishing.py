@@ -32,12 +32,17 @@ def built(partial: Sequence[Path]) -> dict[str, Any]:
 
 
 def publish(
-    partial: list[Path], targets: list[Path], report: Report | None, facts: dict[str, object], *, is_folder: bool
+    partial: list[Path],
+    targets: list[Path],
+    report: Report | None,
+    facts: dict[str, object],
+    derived: Sequence[Path] | None,
 ) -> Path:
     """Move the files to their final names, write the report and its page beside them, return the report's path.
 
-    partial: those of targets, and last the manifest, which only an artifact that passed gets. is_folder: the artifact
-    is the whole folder of its files; a failed one then has another folder, else another name a file.
+    partial: those of targets, and last the manifest, which only an artifact that passed gets. derived: where the
+    artifact is a whole folder, what may have been made of the one before it; a failed one then has another folder, else
+    another name a file.
     Raises: CheckFailed, or what the report's exit code stands for, when it did not pass.
     """
     from llmx.exporters import artifact
@@ -45,13 +50,13 @@ def publish(
     from llmx.validate.report import unproven
 
     passed = report is None or report.passed
-    names = targets if passed else artifact.failed_names(targets, is_folder=is_folder)
+    names = targets if passed else artifact.failed_names(targets, is_folder=derived is not None)
     if not passed:
         partial[-1].unlink()
     moved = partial[: None if passed else -1]
     final = [*names, *[manifest_path(targets[0])] * passed]
-    if is_folder:
-        artifact.publish_folder(moved, final, _replaced(targets) if passed else ())
+    if derived is not None:
+        artifact.publish_folder(moved, final, _replaced(targets, derived) if passed else ())
     else:
         artifact.publish(moved, final)
     report_path = _report_path(names[0].with_name(targets[0].name))
@@ -61,7 +66,7 @@ def publish(
     return report_path
 
 
-def _replaced(targets: Sequence[Path]) -> list[Path]:
+def _replaced(targets: Sequence[Path], derived: Sequence[Path]) -> list[Path]:
     """What the artifact that stood in this folder has and the new one has not, by the old one's manifest.
 
     A chat template of another model, say, would be taken for the new one's. A broken manifest says nothing. What was
@@ -69,7 +74,6 @@ def _replaced(targets: Sequence[Path]) -> list[Path]:
     """
     from llmx.exporters.manifest import manifest_path
     from llmx.exporters.manifest_reader import read_manifest
-    from llmx.exporters.onnx_mobile import derived
 
     try:
         had = read_manifest(manifest_path(targets[0])).files
@@ -77,7 +81,7 @@ def _replaced(targets: Sequence[Path]) -> list[Path]:
         return []
     left = [(targets[0].with_name(file.name), file.nbytes) for file in had]
     same = [path for path, nbytes in left if path.is_file() and path.stat().st_size == nbytes]
-    return [path for path in (*same, *derived(targets[0])) if path not in targets and not path.is_symlink()]
+    return [path for path in (*same, *derived) if path not in targets and not path.is_symlink()]
 
 
 def _report_path(artifact: Path) -> Path:
