@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
+from llmx.errors import UnsupportedError, UsageError
 from llmx.exporters.encoding import ENCODINGS, GROUP_ENCODINGS, group_names
 from llmx.exporters.gguf_types import WRITABLE_TYPES
 from llmx.formats.ggml_blocks import BLOCKS
@@ -50,3 +52,29 @@ TENSORRT = FormatTypes("TensorRT", _OF_ENGINES, bits_of, quantizes_activations=T
 ONNX = FormatTypes(
     "ONNX", ("F32", "F16", *GROUP_ENCODINGS), bits_of, quantizes_activations=True, told=f"F32, F16, {group_names()}"
 )
+
+
+class NamedMix(Protocol):
+    """A mix of types, by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+def named_mix(
+    bits: int | None, type_name: str | None, find: Callable[[str], NamedMix], by_bits: Mapping[int, str]
+) -> str | None:
+    """The mix that --bits or --type names, as it is spelt; None for neither. Raises: UsageError, with all names.
+
+    find: the mix of a name, in any case, or UnsupportedError. by_bits: the mix of each size class.
+    """
+    if type_name is not None:
+        try:
+            return find(type_name).name
+        except UnsupportedError as error:
+            raise UsageError(error.what, fix=error.fix) from error
+    if bits is None:
+        return None
+    if bits not in by_bits:
+        raise UsageError(f"there is no {bits}-bit size class", fix=f"choose one of {', '.join(map(str, by_bits))}")
+    return by_bits[bits]

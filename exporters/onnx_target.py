@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmx.errors import RuntimeMissing, UnsupportedError, UsageError
+from llmx.errors import RuntimeMissing, UsageError
 from llmx.exporters import format_types
 from llmx.exporters.encoding import GROUP_ENCODINGS
 from llmx.exporters.gguf_general import identify
@@ -57,16 +57,7 @@ class OnnxFormat:
     libraries = ("onnx", "onnx-ir")
 
     def named_type(self, bits: int | None, type_name: str | None) -> str | None:
-        if type_name is not None:
-            try:
-                return _mix(type_name).name
-            except UnsupportedError as error:
-                raise UsageError(error.what, fix=error.fix) from error
-        if bits is None:
-            return None
-        if bits not in BY_BITS:
-            raise UsageError(f"there is no {bits}-bit size class", fix=f"choose one of {', '.join(map(str, BY_BITS))}")
-        return BY_BITS[bits]
+        return format_types.named_mix(bits, type_name, _mix, BY_BITS)
 
     def default_type(self) -> str:
         return BY_BITS[DEFAULT_BITS]

@@ -58,16 +58,7 @@ class TensorRtFormat:
     libraries = ("onnx", "onnx-ir")
 
     def named_type(self, bits: int | None, type_name: str | None) -> str | None:
-        if type_name is not None:
-            try:
-                return find_mix(type_name).name
-            except UnsupportedError as error:
-                raise UsageError(error.what, fix=error.fix) from error
-        if bits is None:
-            return None
-        if bits not in BY_BITS:
-            raise UsageError(f"there is no {bits}-bit size class", fix=f"choose one of {', '.join(map(str, BY_BITS))}")
-        return BY_BITS[bits]
+        return format_types.named_mix(bits, type_name, find_mix, BY_BITS)
 
     def default_type(self) -> str:
         return BY_BITS[DEFAULT_BITS]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmx.errors import UnsupportedError, UsageError
+from llmx.exporters import format_types
 from llmx.exporters.gguf_general import identify
 from llmx.exporters.target import Asked, WrittenTensor
 from llmx.exporters.trtllm_types import BY_BITS, TYPES, TrtllmMix, find_mix, planned_types
@@ -44,16 +45,7 @@ class TrtllmFormat:
     libraries = ()
 
     def named_type(self, bits: int | None, type_name: str | None) -> str | None:
-        if type_name is not None:
-            try:
-                return find_mix(type_name).name
-            except UnsupportedError as error:
-                raise UsageError(error.what, fix=error.fix) from error
-        if bits is None:
-            return None
-        if bits not in BY_BITS:
-            raise UsageError(f"there is no {bits}-bit size class", fix=f"choose one of {', '.join(map(str, BY_BITS))}")
-        return BY_BITS[bits]
+        return format_types.named_mix(bits, type_name, find_mix, BY_BITS)
 
     def default_type(self) -> str:
         return BY_BITS[4]

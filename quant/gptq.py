@@ -17,6 +17,7 @@ from llmx.quant.state import Rows
 from llmx.quant.workers import spans
 
 Tensor = torch.Tensor
+COLUMNS = 1024  # of a factor that are inverted together
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,18 @@ def factorize(hessian: Tensor) -> Factor | None:
         return None
     upper = lower.flip(0, 1)
     del turned, lower  # of a wide matrix each takes gigabytes
-    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    return Factor(order, torch.linalg.solve_triangular(upper, identity, upper=True).float().contiguous())
+    return Factor(order, _inverse(upper))
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """f32 of the inverse of an upper triangular f64[n, n], some columns at a time, down to where each ends."""
+    found = torch.zeros(upper.shape, device=upper.device)
+    for columns in spans(len(upper), COLUMNS):
+        last = columns.stop
+        ones = torch.zeros(last, last - columns.start, dtype=upper.dtype, device=upper.device)
+        ones[columns.start :].fill_diagonal_(1)
+        found[:last, columns] = torch.linalg.solve_triangular(upper[:last, :last], ones, upper=True).float()
+    return found
 
 
 def gptq(target: Tensor, factor: Factor, rows: Rows) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmx.errors import IntegrityError, LlmxError
+from llmx.errors import IntegrityError
 from llmx.exporters.encoding import encoding
-from llmx.exporters.gguf_tensors import Entry, Piece, assembled, read_rows
-from llmx.exporters.manifest import manifest_path
-from llmx.exporters.manifest_reader import HashedTensor, read_manifest
+from llmx.exporters.gguf_tensors import Entry, Piece, read_rows
+from llmx.exporters.manifest_reader import HashedTensor
 from llmx.exporters.onnx_genai import CONFIG_NAME
 from llmx.exporters.onnx_mobile import report_or_reason
 from llmx.formats.onnx import MODEL_NAME
@@ -21,14 +21,14 @@ from llmx.formats.onnx_reader import graph_path
 from llmx.models.architecture import Architecture, TensorSpec
 from llmx.models.folded import NORM_ROLES
 from llmx.models.model import Model
-from llmx.validate import onnx_graph
+from llmx.validate import canonical, onnx_graph
 from llmx.validate.case import Case
 from llmx.validate.floors import ONNX, ONNX_HALF_TABLES, Floor
 from llmx.validate.kinds import sizes
 from llmx.validate.onnx_artifact import TOKENIZER, OnnxArtifact, mapped, open_onnx
 from llmx.validate.onnx_twin import has_halves, write_widened
 from llmx.validate.onnx_weights import pieces
-from llmx.validate.report import Check, at_most, named, not_applicable
+from llmx.validate.report import Check, at_most
 
 CHUNK_BYTES = 8 << 20  # of decoded float32 rows at a time
 HASH_BYTES = 1 << 20
@@ -94,44 +94,13 @@ class OnnxKind:
     def restored(
         self, file: OnnxArtifact, model: Model, entries: Sequence[Entry]
     ) -> dict[str, Callable[[], np.ndarray]]:
-        by_name = {entry.name: entry for entry in entries}
-        problems = []
-        for entry in entries:
-            kept = file.tensors.get(entry.name)
-            if kept is None:
-                problems.append(f"{entry.name} is missing")
-            elif kept.shape != entry.shape:
-                problems.append(f"{entry.name} has shape {kept.shape}, expected {entry.shape}")
-        if problems:
-            raise IntegrityError("the artifact does not hold this checkpoint's tensors", problems=problems)
-
-        def canonical(spec: TensorSpec, expert: int | None) -> np.ndarray:
-            entry = by_name[spec.name]
-            rows = entry.rows_per_expert if expert is not None else entry.rows
-            start = rows * (expert or 0)
-            values = self.decoded(file, spec.name, start, start + rows)
-            if entry.pieces[0].transform == "gain":
-                values = values - np.float32(model.architecture.norm_offset)
-            return values.reshape(spec.shape if expert is None else spec.shape[1:])
-
-        return assembled(model, canonical)
+        return canonical.restored(file.tensors, model, entries, partial(self.decoded, file))
 
     def changed(self, file: OnnxArtifact) -> list[str] | str:
-        path = manifest_path(file.paths[0])
-        if not path.is_file():
-            return f"there is no {path.name} beside the graph that says what its weights hash to"
-        try:
-            told = read_manifest(path).tensors
-        except LlmxError as error:
-            return f"{path.name} cannot be read: {error.what}"
-        return sorted({tensor.name for tensor in told if not _holds(file, tensor)})
+        return canonical.changed(file.paths[0], lambda tensor: _holds(file, tensor))
 
     def digest_check(self, file: OnnxArtifact) -> Check:
-        changed = self.changed(file)
-        if isinstance(changed, str):
-            return not_applicable("bytes.digests", changed)
-        origin = "the manifest beside the graph: the SHA-256 of each tensor's bytes"
-        return at_most("bytes.digests", len(changed), 0, "tensors", origin, detail=named(changed) or "every tensor")
+        return canonical.digest_check(self.changed(file))
 
     def differences(self, file: OnnxArtifact, model: Model) -> list[str] | str:
         return onnx_graph.differences(file, model)
@@ -199,7 +168,7 @@ def _holds(file: OnnxArtifact, tensor: HashedTensor) -> bool:
     """Whether the bytes at the tensor's place are those that were written."""
     path = next((path for path in file.paths if path.name == tensor.file), None)
     mapped_file = None if path is None else file.file.maps.get(path)
-    if mapped_file is None or tensor.offset + tensor.nbytes > len(mapped_file):
+    if mapped_file is None or tensor.offset is None or tensor.offset + tensor.nbytes > len(mapped_file):
         return False
     digest = hashlib.sha256()
     for start in range(tensor.offset, tensor.offset + tensor.nbytes, HASH_BYTES):

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmx.errors import IntegrityError, LlmxError
+from llmx.errors import IntegrityError
 from llmx.exporters.encoding import encoding
-from llmx.exporters.gguf_tensors import Entry, Piece, assembled, read_rows
-from llmx.exporters.manifest import manifest_path
-from llmx.exporters.manifest_reader import HashedTensor, read_manifest
+from llmx.exporters.gguf_tensors import Entry, Piece, read_rows
+from llmx.exporters.manifest_reader import HashedTensor
 from llmx.formats.safetensors import SafetensorsFile
 from llmx.formats.trtllm import RANKS
 from llmx.models.architecture import Architecture, TensorSpec
 from llmx.models.folded import NORM_ROLES
 from llmx.models.model import Model
-from llmx.validate import trtllm_checks
+from llmx.validate import canonical, trtllm_checks
 from llmx.validate.case import Case
 from llmx.validate.floors import SAME_LIBRARY, Floor
 from llmx.validate.folder_text import TOKENIZERS, has_tokenizer, template_of
 from llmx.validate.kinds import sizes
-from llmx.validate.report import Check, at_most, named, not_applicable, not_run
+from llmx.validate.report import Check, not_run
 from llmx.validate.trtllm_artifact import TrtllmArtifact
 from llmx.validate.trtllm_folder import is_folder
 from llmx.validate.trtllm_opening import mapped, open_trtllm
@@ -107,45 +107,14 @@ class TrtllmKind:
     def restored(
         self, file: TrtllmArtifact, model: Model, entries: Sequence[Entry]
     ) -> dict[str, Callable[[], np.ndarray]]:
-        problems = []
-        for entry in entries:
-            tensor = file.tensors.get(entry.name)
-            if tensor is None:
-                problems.append(f"{entry.name} is missing")
-            elif tensor.shape != entry.shape:
-                problems.append(f"{entry.name} has shape {tensor.shape}, expected {entry.shape}")
-        if problems:
-            raise IntegrityError("the artifact does not hold this checkpoint's tensors", problems=problems)
-        by_name = {entry.name: entry for entry in entries}
-
-        def canonical(spec: TensorSpec, expert: int | None) -> np.ndarray:
-            entry = by_name[spec.name]
-            rows = entry.rows_per_expert if expert is not None else entry.rows
-            start = rows * (expert or 0)
-            values = self.decoded(file, spec.name, start, start + rows)
-            if entry.pieces[0].transform == "gain":
-                values = values - np.float32(model.architecture.norm_offset)
-            return values.reshape(spec.shape if expert is None else spec.shape[1:])
-
-        return assembled(model, canonical)
+        return canonical.restored(file.tensors, model, entries, partial(self.decoded, file))
 
     def changed(self, file: TrtllmArtifact) -> list[str] | str:
-        path = manifest_path(file.paths[0])
-        if not path.is_file():
-            return f"there is no {path.name} in the folder that says what its weights hash to"
-        try:
-            told = read_manifest(path).tensors
-        except LlmxError as error:
-            return f"{path.name} cannot be read: {error.what}"
         files = {one.path.name: one for one in file.folder.files}
-        return sorted({tensor.name for tensor in told if not _holds(files.get(tensor.file or ""), tensor)})
+        return canonical.changed(file.paths[0], lambda tensor: _holds(files.get(tensor.file or ""), tensor))
 
     def digest_check(self, file: TrtllmArtifact) -> Check:
-        changed = self.changed(file)
-        if isinstance(changed, str):
-            return not_applicable("bytes.digests", changed)
-        origin = "the manifest in the folder: the SHA-256 of each tensor's bytes"
-        return at_most("bytes.digests", len(changed), 0, "tensors", origin, detail=named(changed) or "every tensor")
+        return canonical.digest_check(self.changed(file))
 
     def differences(self, file: TrtllmArtifact, model: Model) -> list[str] | str:
         return trtllm_checks.differences(file, model)
