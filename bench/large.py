@@ -1,10 +1,12 @@
 """Wall time, CPU time and peak memory of exporting large random checkpoints of many shards.
 
-    python bench/large.py [--sizes 1.1,4.4] [--types Q4_K_M] [--keep FOLDER] [--threads 2] \\
-        [--quantize llama-quantize | --stock-python PYTHON] [--convert convert_hf_to_gguf.py]
+    python bench/large.py [--sizes 1.1,4.4] [--types Q4_K_M] [--keep FOLDER] [--threads 2] [--max-memory 2GB] \\
+        [--sparse] [--quantize llama-quantize | --stock-python PYTHON] [--convert convert_hf_to_gguf.py]
 
 Memory must follow the largest tensor, not the model: the peaks of the sizes should agree. Each export is a process of
-its own, without validation; the figures are the operating system's own for that process. Where stock is given it makes
+its own, without validation; the figures are the operating system's own for that process. --sparse writes the first
+8 MB of every tensor and leaves holes behind them, which read as zeros: a checkpoint of 26 GB takes 3 GB of disk, and
+its time says nothing. Where stock is given it makes
 the same type: from the folder with --convert, else from a BF16 file that we made ("quantize only": reading the
 checkpoint is counted for us and not for it). bench/quantize.py measures speed with repeats; this is one run.
 """
@@ -16,6 +18,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ SHAPES = {
     WARM_UP: (256, 512, 1, 8, 2),
     "1.1": (2048, 5632, 22, 32, 4),
     "4.4": (3200, 8640, 36, 50, 25),
+    "13": (5120, 13824, 40, 40, 40),
 }
 
 
@@ -62,7 +66,7 @@ def config_of(size: str) -> dict[str, Any]:
     }
 
 
-def make(size: str, folder: Path) -> int:
+def make(size: str, folder: Path, *, sparse: bool = False) -> int:
     """Write the checkpoint unless it is there, in shards of about 500 MB with an index; returns its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(size)
@@ -71,11 +75,11 @@ def make(size: str, folder: Path) -> int:
         (folder / name).write_bytes((TOKENIZER / name).read_bytes())
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        _write_weights(config, folder, index)
+        _write_weights(config, folder, index, sparse=sparse)
     return json.loads(index.read_text())["metadata"]["total_size"]
 
 
-def _write_weights(config: dict[str, Any], folder: Path, index: Path) -> None:
+def _write_weights(config: dict[str, Any], folder: Path, index: Path, *, sparse: bool) -> None:
     # One block of normal values, repeated: what the encoders cost depends on the values' spread alone.
     values = np.random.default_rng(0).standard_normal(CHUNK, dtype=np.float32) * np.float32(0.02)
     block = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
@@ -88,10 +92,30 @@ def _write_weights(config: dict[str, Any], folder: Path, index: Path) -> None:
     weight_map = {}
     for number, shard in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / name, [(n, "BF16", shape, _fill(block, nbytes)) for n, shape, nbytes in shard])
+        if sparse:
+            _write_sparse(folder / name, shard, block)
+        else:
+            write_safetensors(folder / name, [(n, "BF16", shape, _fill(block, nbytes)) for n, shape, nbytes in shard])
         weight_map |= {tensor: name for tensor, _, _ in shard}
     total = sum(nbytes for shard in shards for _, _, nbytes in shard)
     index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+
+
+def _write_sparse(path: Path, shard: list[tuple[str, tuple[int, ...], int]], block: bytes) -> None:
+    """A safetensors file of which each tensor's first block is written."""
+    ends = list(accumulate(nbytes for _, _, nbytes in shard))
+    starts = [end - nbytes for end, (_, _, nbytes) in zip(ends, shard, strict=True)]
+    header = json.dumps({
+        name: {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        for (name, shape, _), start, end in zip(shard, starts, ends, strict=True)
+    }).encode()  # fmt: skip
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for start, (_, _, nbytes) in zip(starts, shard, strict=True):
+            stream.seek(8 + len(header) + start)
+            stream.write(block[:nbytes])
+        stream.truncate(8 + len(header) + ends[-1])
 
 
 def _fill(block: bytes, nbytes: int) -> Iterator[bytes]:
@@ -134,6 +158,8 @@ def main() -> None:
     parser.add_argument("--sizes", default="1.1,4.4", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--types", default="Q4_K_M")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-memory", metavar="SIZE", help="what an export is told to keep within")
+    parser.add_argument("--sparse", action="store_true", help="leave most of a checkpoint out, as holes")
     parser.add_argument("--keep", type=Path, help="make the checkpoints here and keep them")
     stock.add_options(parser)
     options = parser.parse_args()
@@ -147,14 +173,15 @@ def main() -> None:
         source, target, theirs = (Path(scratch) / name for name in ("bf16.gguf", "ours.gguf", "stock.gguf"))
         for size in options.sizes.split(","):
             folder = (options.keep or Path(scratch)) / f"random-{size}b"
-            total = make(size, folder)
+            total = make(size, folder, sparse=options.sparse)
             converted, maker = None, ""
             if tools.here:
                 source.unlink(missing_ok=True)
                 converted, maker = stock.float_file(tools, folder, "BF16", source, options.threads)
             what = "convert and quantize" if converted else f"quantize only, source by {maker}"
             for type_name in types:
-                ours = export(folder, type_name, options.threads, target, *ROUNDING)
+                limit = ("--max-memory", options.max_memory) if options.max_memory else ()
+                ours = export(folder, type_name, options.threads, target, *ROUNDING, *limit)
                 row = _row(size, type_name, total, target.stat().st_size, ours)
                 if tools.here:
                     cost = _stock(tools, source, type_name, converted, options.threads, theirs)

@@ -33,7 +33,7 @@ PLAIN_SHARE = 0.1  # of damping, where nothing is repaired
 FITTED = 64  # rows whose scales one worker looks for: 16 cores have work in a matrix of 1024
 # Rows solved together: on the CPU their arrays stay in a core's cache; a GPU wants many at once.
 ROWS = {"cpu": 256, "cuda": 8192}
-KEPT_FACTORS = 1 << 30  # bytes of factors that matrices of one input share; more are made anew, which takes less time
+KEPT_FACTORS = 512 << 20  # bytes of factors that matrices of one input share; more are made anew, which takes less time
 
 
 @dataclass(frozen=True, slots=True)
