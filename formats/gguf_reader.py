@@ -90,8 +90,17 @@ class GgufFile:
         return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / self.weights if self.weights else None
 
     def bytes(self, name: str) -> np.ndarray:
-        """Returns uint8[nbytes], a read-only view of the mapped file."""
+        """Returns uint8[nbytes], a read-only view of the mapped file.
+
+        Raises: IntegrityError where the file was cut since it was opened: touching what is gone would end the process.
+        """
         tensor = self.tensors[name]
+        if self.maps[tensor.shard].size() < tensor.offset + tensor.nbytes:
+            raise IntegrityError(
+                f"the file was cut while it was read: {name!r} is no longer whole",
+                where=self.paths[tensor.shard],
+                fix="run again when nothing writes to it, or download it again",
+            )
         return np.frombuffer(self.maps[tensor.shard], np.uint8, tensor.nbytes, tensor.offset)
 
     def release(self, name: str) -> None:

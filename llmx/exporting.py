@@ -66,7 +66,7 @@ def export(request: ExportRequest) -> ExportResult:
     Nothing appears under the final name before it has passed; an artifact that fails is left as NAME.failed.
     Raises: CheckFailed when the artifact does not pass, and what the steps raise.
     """
-    from llmx.exporters import artifact
+    from llmx.exporters import artifact, publication
     from llmx.exporters.manifest import as_text, manifest_path
     from llmx.exporters.workplace import workplace
 
@@ -83,6 +83,8 @@ def export(request: ExportRequest) -> ExportResult:
     key = resuming.key_of(prepared)
     with workplace([*targets, manifest_path(targets[0])], place, key, resume=request.resume) as work:
         *partial, kept = work.files
+        if request.resume:
+            publication.take_back(place, work.files, [*targets, manifest_path(targets[0])])
         source_files = resuming.looked_at(exporter, work.journal)
         if manifest is not None:
             rebuilding.check_source(source_files, manifest)
@@ -98,6 +100,8 @@ def export(request: ExportRequest) -> ExportResult:
         kept.write_text(as_text(proof), encoding="utf-8")  # the checks compare digests with it
         report = _judged(prepared, partial[0], facts) if request.validate else None
         kept.write_text(as_text({**proof, "runtime": rebuilding.runtime_of(report)}), encoding="utf-8")
+        if report is None or report.passed:
+            publication.announce(work.journal, work.files, [*targets, manifest_path(targets[0])])
         derived = exporter.derived(targets[0]) if is_folder else None
         report_path = publishing.publish([*partial, kept], targets, report, facts, derived)
     return ExportResult(
@@ -117,15 +121,17 @@ def export(request: ExportRequest) -> ExportResult:
 
 def _place(prepared: Prepared, targets: list[Path]) -> Path:
     """Beside which path files are written before they are published. Raises: UsageError for targets in the way."""
-    from llmx.exporters import artifact
+    from llmx.exporters import artifact, publication
     from llmx.exporters.manifest import SOURCE_NAMES
 
     checkpoint = prepared.model.checkpoint
     if prepared.format.is_folder:
         artifact.check_folder(targets)
     read = (*checkpoint.files, *(checkpoint.folder / name for name in SOURCE_NAMES))
-    artifact.check_targets(targets, read, prepared.request.force)
-    return targets[0].parent if prepared.format.is_folder else targets[0]
+    place = targets[0].parent if prepared.format.is_folder else targets[0]
+    there = publication.moved(place, targets) if prepared.request.resume else ()
+    artifact.check_targets([path for path in targets if path not in there], read, prepared.request.force)
+    return place
 
 
 def _judged(prepared: Prepared, artifact: Path, facts: dict[str, object]) -> Report:

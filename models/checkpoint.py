@@ -72,11 +72,11 @@ class Checkpoint:
         return sum(file.tensors[name].nbytes for name, file in self._shards.items())
 
     def bytes(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """u8[stop - start], a read-only view of the tensor's stored bytes."""
+        """u8[stop - start] of the tensor's stored bytes. Raises: IntegrityError where they are no longer there."""
         return self._shards[name].bytes(name, start, stop)
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Hand the pages of these bytes back to the system."""
+        """Hand back what a reader keeps of these bytes."""
         self._shards[name].release(name, start, stop)
 
     def materialize(self) -> None:
@@ -126,12 +126,13 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     return Checkpoint(folder, source, _open_shards(folder))
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Another file of the same size and time under the same name is another file."""
     try:
         status = path.stat()
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _download(model: str, revision: str | None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from llmx.errors import IntegrityError, UnsupportedError
-from llmx.formats.safetensors import shorten
+from llmx.formats.safetensors import BITS, shorten
 from llmx.models.architecture import Architecture, TensorSpec
 from llmx.models.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
 from llmx.models.families import FAMILIES, describe
 
+COMPARED_BYTES = 64 << 20  # of each of two tensors; a decoded one is made anew for each piece
 SCAN_BYTES = 8 << 20  # of one chunk of a scan; small enough to stay in a core's cache neighbourhood
 
 
@@ -100,7 +102,7 @@ class Weight:
         return result.view(np.float32) if self.dtype == "F32" else result
 
     def views(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(row of the result, the stored bits [rows, cols]): the pieces that make up these rows, uncopied."""
+        """(row of the result, the stored bits [rows, cols]): the pieces that make up these rows."""
         assert 0 <= start <= stop <= self.rows
         for name, low, high, place in self._pieces(start, stop):
             yield place, self._piece(name, low, high)
@@ -133,7 +135,7 @@ class Weight:
             row += count
 
     def _piece(self, name: str, low: int, high: int) -> np.ndarray:
-        """bits[high - low, cols], a view of the map."""
+        """bits[high - low, cols]"""
         bits, source = FLOATS[self.dtype].bits, self.spec.source
         if len(self.spec.shape) == 1:
             first, last = source.rows or (0, self.cols)
@@ -289,16 +291,14 @@ def _left_over_problems(architecture: Architecture, checkpoint: Checkpoint, name
 
 
 def _equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
-    """Whether two tensors hold the same bits; read in chunks, pages handed back."""
+    """Whether two tensors hold the same bits; read in chunks."""
     if checkpoint.tensors.get(name) != checkpoint.tensors.get(other):
         return False
-    first, second = checkpoint.bytes(name), checkpoint.bytes(other)
-    for start in range(0, first.size, SCAN_BYTES):
-        stop = min(start + SCAN_BYTES, first.size)
-        equal = np.array_equal(first[start:stop], second[start:stop])
-        checkpoint.release(name, start, stop)
-        checkpoint.release(other, start, stop)
-        if not equal:
+    held = checkpoint.tensors[name]
+    size = math.prod(held.shape) * BITS[held.dtype] // 8
+    for start in range(0, size, COMPARED_BYTES):
+        stop = min(start + COMPARED_BYTES, size)
+        if not np.array_equal(checkpoint.bytes(name, start, stop), checkpoint.bytes(other, start, stop)):
             return False
     return True
 

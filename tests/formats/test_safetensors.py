@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +62,32 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
         assert file.bytes(name).tobytes() == data
 
 
-def test_a_range_of_bytes_is_a_view_and_survives_release(tmp_path: Path) -> None:
+def test_a_range_of_bytes_is_read_alone(tmp_path: Path) -> None:
     file = open_safetensors(safetensors_file(tmp_path / "x.safetensors", PAIR, bytes(range(22))))
-    view = file.bytes("b", 2, 4)
-    assert view.tolist() == [18, 19] and not view.flags.writeable
-    file.release("b", 2, 4)
-    file.release("a")
     assert file.bytes("b", 2, 4).tolist() == [18, 19]
+    assert file.bytes("b", 4, 4).size == 0
+    assert file.bytes("a").tolist() == list(range(16))
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_refused(tmp_path: Path) -> None:
+    """A memory map of it would end the process."""
+    path = safetensors_file(tmp_path / "x.safetensors", PAIR, bytes(range(22)))
+    file = open_safetensors(path)
+    os.truncate(path, path.stat().st_size - 3)
+    assert file.bytes("a").size == 16
+    with pytest.raises(IntegrityError, match="the file was cut while it was read: 'b' is no longer whole"):
+        file.bytes("b")
+
+
+def test_a_disk_that_fails_is_told_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = open_safetensors(safetensors_file(tmp_path / "x.safetensors", PAIR, bytes(range(22))))
+
+    def failing(*given: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(IntegrityError, match="'b' cannot be read: Input/output error"):
+        file.bytes("b")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
