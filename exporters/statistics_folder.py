@@ -77,26 +77,7 @@ class StatisticsFolder:
             if self.complete:
                 raise IntegrityError("the statistics of a matrix are gone", where=path, fix="remove the folder")
             return None
-        file = open_safetensors(path)
-
-        def tensor(name: str) -> torch.Tensor | None:
-            if name not in file.tensors:
-                return None
-            values = np.array(file.bytes(name)).view(np.float32).reshape(file.tensors[name].shape)
-            return torch.from_numpy(values).to(self._device)
-
-        def needed(name: str) -> torch.Tensor:
-            found = tensor(name)
-            if found is None:
-                raise IntegrityError(f"the kept statistics lack {name}", where=path, fix="remove the folder")
-            return found
-
-        counts = needed("counts").cpu().numpy().view(np.int32)
-        sets = [
-            Moments(needed(f"{part}.hessian"), tensor(f"{part}.drift"), tensor(f"{part}.residual"), int(count))
-            for part, count in zip(SETS, counts, strict=False)
-        ]
-        return Statistics(sets[0], sets[1], needed("squares"), bool(counts[2]))
+        return read_statistics(path, self._device)
 
     def save(self, key: str, found: Statistics) -> None:
         tensors: dict[str, torch.Tensor | None] = {"squares": found.squares}
@@ -113,3 +94,50 @@ class StatisticsFolder:
             self._folder / f"{key}.safetensors",
             [(name, "F32", values.shape, [np.ascontiguousarray(values).tobytes()]) for name, values in arrays.items()],
         )
+
+
+def read_statistics(path: Path, device: str = "cpu") -> Statistics:
+    """The statistics of one matrix.
+
+    Raises: IntegrityError, naming what is missing or of another shape, for a file that `save` did not write.
+    """
+    file = open_safetensors(path)
+    problems = [f"{name} is {found.dtype}, not F32" for name, found in file.tensors.items() if found.dtype != "F32"]
+    shapes = {name: found.shape for name, found in file.tensors.items()}
+    width = shapes.get("squares", (0,))[-1:]
+    wanted = {"squares": width, "counts": (3,), **{f"{part}.hessian": width * 2 for part in SETS}}
+    wanted |= {f"{part}.drift": width * 2 for part in SETS if f"{part}.drift" in shapes}
+    problems += [f"{name} is missing" for name in wanted.keys() - shapes.keys()]
+    other = [name for name, shape in wanted.items() if shapes.get(name, shape) != shape]
+    problems += [f"{name} is {shapes[name]}, not {wanted[name]}" for name in other]
+    residuals = [f"{part}.residual" for part in SETS if f"{part}.residual" in shapes]
+    problems += [f"{name} is {shapes[name]}" for name in residuals if shapes[name][1:] != width]
+    if problems:
+        raise _broken(path, sorted(problems))
+
+    def array(name: str) -> np.ndarray:
+        return np.array(file.bytes(name)).view(np.float32).reshape(shapes[name])
+
+    def tensor(name: str) -> torch.Tensor | None:
+        if name not in shapes:
+            return None
+        values = array(name)
+        if not np.isfinite(values).all():
+            raise _broken(path, [f"{name} has values that are no numbers"])
+        return torch.from_numpy(values).to(device)
+
+    def moments(part: str, count: int) -> Moments:
+        hessian = tensor(f"{part}.hessian")
+        assert hessian is not None
+        return Moments(hessian, tensor(f"{part}.drift"), tensor(f"{part}.residual"), count)
+
+    fitted, held_out, pooled = map(int, array("counts").view(np.int32))
+    squares = tensor("squares")
+    assert squares is not None
+    if min(fitted, held_out) < 0:
+        raise _broken(path, [f"counts are {fitted} and {held_out}"])
+    return Statistics(moments(SETS[0], fitted), moments(SETS[1], held_out), squares, bool(pooled))
+
+
+def _broken(path: Path, problems: list[str]) -> IntegrityError:
+    return IntegrityError("the kept statistics are broken", where=path, problems=problems, fix="remove the folder")

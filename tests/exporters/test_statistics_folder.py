@@ -107,7 +107,7 @@ def test_a_file_without_a_sum_is_an_integrity_error(tmp_path: Path) -> None:
 
     store = folder(tmp_path)
     write_safetensors(tmp_path / "layers.0.q.safetensors", [("squares", "F32", (2,), [b"\0" * 8])])
-    with pytest.raises(IntegrityError, match="lack counts"):
+    with pytest.raises(IntegrityError, match="counts is missing"):
         store.load("layers.0.q")
 
 
