@@ -1,7 +1,7 @@
 """What calibrating and solving take, estimated from the model's shapes: memory, disk, time.
 
-memory   libraries + activations (of every batch, or of those at work where they are kept on disk)
-         + the worst matrix: moments and factors in² · 60, its weights in every form that a solver has them in
+memory   libraries + activations of every batch, unless they are kept on disk + the worst matrix: its moments with the
+         activations at work, or its moments with a factor and its weights in every form that a solver has
 disk     rows that are solved, until they are in the artifact; activations that are kept there; statistics
 time     in proportion to weights times tokens
 """
@@ -14,10 +14,10 @@ from math import prod
 from llmx.models.architecture import Architecture, TensorSpec
 
 # Libraries: torch and the compiled solvers. Bytes, measured on models of 0.3 to 4.4 B weights.
-LIBRARIES = 500 << 20
+LIBRARIES = 600 << 20
 PER_CHANNEL = 24  # a token and channel of a layer's widest tensors, float and quantized
 PER_SOLVED_WEIGHT = 16
-PER_MOMENT = 60  # an entry of in x in: two sets of moments in float32, a factor being made in float64
+PER_MOMENT, PER_FACTOR = 16, 38  # an entry of in x in: two sets of moments, and a factor being made in float64
 PER_RESIDUAL = 8  # an entry of out x in, of matrices that write the residual stream
 PER_SCORE = 12  # an attention score of a batch at work
 SECONDS_PER_WORK = 1.5e-10  # on one core, per weight and token: 150 CPU seconds for 42 M weights and 24,832 tokens
@@ -36,7 +36,13 @@ class CalibrationNeeds:
 
     def memory(self, threads: int, *, shelved: bool) -> int:
         """Peak bytes. shelved: activations are kept on disk."""
-        return LIBRARIES + self._activations(threads, shelved=shelved) + max(map(self._solving, self._matrices()))
+        a = self.architecture
+        channels = a.hidden + self._wide()
+        scores = PER_SCORE * a.heads * min(self.tokens, BATCH_TOKENS) * self.length
+        at_work = threads * (scores + PER_CHANNEL * min(self.tokens, BATCH_TOKENS) * channels)
+        # A mixture of experts holds its layer in any case.
+        held = PER_CHANNEL * self.tokens * channels if a.experts or not shelved else 0
+        return LIBRARIES + held + max(self._worst(spec, at_work) for spec in self._matrices())
 
     def shelf_bytes(self) -> int:
         """Of the files with activations: a layer's input, its residual stream before and after, float and quantized."""
@@ -50,21 +56,13 @@ class CalibrationNeeds:
             key = spec.layer, SHARING.get(spec.role, spec.role)
             if key not in seen:
                 seen.add(key)
-                total += (spec.shape[0] if len(spec.shape) == 3 else 1) * _moments(spec, 16)
+                total += (spec.shape[0] if len(spec.shape) == 3 else 1) * _moments(spec)
         return total
 
     def seconds(self, threads: int) -> float:
         """Of calibrating and solving, about."""
         parameters = sum(prod(spec.shape) for spec in self.architecture.tensors)
         return parameters * self.tokens * SECONDS_PER_WORK / threads
-
-    def _activations(self, threads: int, *, shelved: bool) -> int:
-        a = self.architecture
-        channels = a.hidden + self._wide()
-        scores = PER_SCORE * a.heads * min(self.tokens, BATCH_TOKENS) * self.length
-        at_work = threads * (scores + PER_CHANNEL * min(self.tokens, BATCH_TOKENS) * channels)
-        held = PER_CHANNEL * self.tokens * channels
-        return at_work + (held if a.experts or not shelved else 0)  # a mixture of experts holds its layer in any case
 
     def _wide(self) -> int:
         a = self.architecture
@@ -73,13 +71,15 @@ class CalibrationNeeds:
     def _matrices(self) -> list[TensorSpec]:
         return [spec for spec in self.architecture.tensors if spec.part == "weight" and len(spec.shape) > 1]
 
-    def _solving(self, spec: TensorSpec) -> int:
-        """Bytes of solving a matrix, or one expert's."""
+    def _worst(self, spec: TensorSpec, at_work: int) -> int:
+        """Bytes of gathering a matrix's moments, or of solving it: of one expert's, where there are some."""
         rows, columns = spec.shape[-2:]
-        table = spec.role == "position_embedding" or (spec.role == "embedding" and not self.architecture.tied)
-        return PER_SOLVED_WEIGHT * rows * columns + (0 if table else _moments(spec, PER_MOMENT))
+        solving = PER_SOLVED_WEIGHT * rows * columns
+        if spec.role == "position_embedding" or (spec.role == "embedding" and not self.architecture.tied):
+            return solving
+        return _moments(spec) + max(at_work, solving + PER_FACTOR * columns * columns)
 
 
-def _moments(spec: TensorSpec, each: int) -> int:
+def _moments(spec: TensorSpec) -> int:
     rows, columns = spec.shape[-2:]
-    return columns * (each * columns + (PER_RESIDUAL * rows if spec.role in WRITES_RESIDUAL else 0))
+    return columns * (PER_MOMENT * columns + (PER_RESIDUAL * rows if spec.role in WRITES_RESIDUAL else 0))

@@ -37,16 +37,24 @@ def damped(hessian: Tensor, share: float) -> Tensor:
     return made
 
 
+def cholesky(hessian: Tensor) -> Tensor | None:
+    """The lower factor f64[n, n] of a float32 matrix; None where it is not positive definite."""
+    # By columns, as LAPACK has it: so it is made in its own place, without another copy.
+    lower = hessian.mT.to(torch.float64, memory_format=torch.contiguous_format).mT
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    return None if int(failed) else lower
+
+
 def factorize(hessian: Tensor) -> Factor | None:
     """U of a damped Hessian in float64, heaviest columns first; None where it is not positive definite."""
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    turned = hessian[order.flip(0)][:, order.flip(0)].double()
     # H = V Vᵀ with V upper is the Cholesky factor of H turned round; U = V⁻¹.
-    lower, failed = torch.linalg.cholesky_ex(turned)
-    if int(failed) != 0:
+    lower = cholesky(hessian[order.flip(0)][:, order.flip(0)])
+    if lower is None:
         return None
     upper = lower.flip(0, 1)
-    del turned, lower  # of a wide matrix each takes gigabytes
+    del lower  # of a wide matrix it takes gigabytes
     return Factor(order, _inverse(upper))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from llmx.formats.ggml_packers import BlockScales
-from llmx.quant.gptq import Factor, damped, factorize, gptq
+from llmx.quant.gptq import Factor, cholesky, damped, factorize, gptq
 from llmx.quant.protocol import Effort, Grid
 from llmx.quant.refine import refine
 from llmx.quant.sparse import Pruned
@@ -87,16 +87,15 @@ class Prepared:
         """f64[in, in], lower; None where the damped Hessian is not positive definite."""
         if share in self._inverse:
             return self._inverse[share]
-        lower, failed = torch.linalg.cholesky_ex(damped(self.statistics.fitted.hessian, share).double())
-        if int(failed) != 0:
-            return None
-        if (len(self._inverse) + 1) * lower.nbytes <= KEPT_FACTORS:
+        lower = cholesky(damped(self.statistics.fitted.hessian, share))
+        if lower is not None and (len(self._inverse) + 1) * lower.nbytes <= KEPT_FACTORS:
             self._inverse[share] = lower
         return lower
 
-    def factor(self, share: float) -> Factor | None:
+    def factor(self, share: float, hessian: Tensor) -> Factor | None:
+        """hessian: damped by that share."""
         if share not in self._factor:
-            self._factor[share] = factorize(damped(self.statistics.fitted.hessian, share))
+            self._factor[share] = factorize(hessian)
         return self._factor[share]
 
 
@@ -210,7 +209,7 @@ def _outcomes(
     """Of every part of the rows, what each method makes of them, in the order of the methods."""
     fitted, judge = prepared.statistics.fitted.hessian, prepared.statistics.held_out
     hessian = damped(fitted, share)
-    factor = prepared.factor(share) if "gptq" in options.methods else None
+    factor = prepared.factor(share, hessian) if "gptq" in options.methods else None
     cut = wanted if limits is None else clipped(wanted, limits)
     starts = _starts(cut, fitted.diagonal(), grid, options, workers)
 
