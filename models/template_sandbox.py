@@ -8,8 +8,8 @@ standard output:
                                                            refused  {"error": "…"}, {"error": "…", "line": 3}
 
 The template runs in jinja2's ImmutableSandboxedEnvironment (no attribute that leads to Python's insides, nothing
-changed). The process itself may use MEMORY, write no file and start no process; a question that takes more than SECONDS
-of its CPU ends it, whatever it is doing then.
+changed). The process itself may use MEMORY, put no byte into a file and, but for root's, start no other; more than
+SECONDS of its CPU for a question end it, whatever it is doing then.
 
 Extensions are those of Hugging Face: break and continue, the generation block, tojson, raise_exception, strftime_now.
 """
