@@ -38,10 +38,11 @@ def chosen(
 ) -> tuple[Exporter, int, bool]:
     """(the planned export, its threads, whether activations are kept on disk), within the limit where that is possible.
 
-    planned: plans the export for so many threads.
+    planned: plans the export for so many threads. limit: None takes what is free.
     """
     exporter, shelved = planned(threads), False
-    while limit is not None and _peak(exporter, model, decided, threads, shelved=shelved) > limit:
+    have = free_bytes() if limit is None else limit
+    while _peak(exporter, model, decided, threads, shelved=shelved) > have:
         if decided.calibrated and not shelved:
             shelved = True
         elif threads > 1:
@@ -114,21 +115,19 @@ def _memory_problems(prepared: Prepared) -> Iterator[tuple[str, list[str]]]:
 def _smaller(prepared: Prepared, have: int) -> list[str]:
     """What would fit into so much memory."""
     decided, found = prepared.quantization, []
+    more = ["a machine with more memory"]
     if not decided.calibrated:
-        return [f"--max-memory {as_option(prepared.exporter.plan.peak_memory_bytes)}"]
+        return more if prepared.limit is None else [f"--max-memory {as_option(peak(prepared))}"]
     architecture, length = prepared.model.architecture, decided.length
     from llmx.exporters.calibration_needs import CalibrationNeeds
 
     tokens = decided.tokens
-    if prepared.limit is None and needs_of(prepared.model, decided).memory(prepared.threads, shelved=True) <= have:
-        found.append(f"--max-memory {have // 10**8 / 10:.1f}GB")
     while tokens > FEWEST_TOKENS and CalibrationNeeds(architecture, tokens, length).memory(1, shelved=True) > have:
         tokens //= 2
     if tokens < decided.tokens and CalibrationNeeds(architecture, tokens, length).memory(1, shelved=True) <= have:
         found.append(f"--calibration-tokens {tokens}")
     least = needs_of(prepared.model, decided).memory(1, shelved=True)
-    if prepared.limit is not None:
-        found.append(f"--max-memory {as_option(least)}")
+    found += more if prepared.limit is None else [f"--max-memory {as_option(least)}"]
     return [*found, "--method rtn, which calibrates nothing"]
 
 

@@ -116,9 +116,19 @@ def test_what_this_machine_has_not_is_refused_without_a_limit_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "free_bytes", lambda: 1 << 20)
-    with pytest.raises(ResourceError, match="are free"):
-        api.export(request(tmp_path))
+    for changed in ({"method": "rtn"}, GPTQ):
+        with pytest.raises(ResourceError, match="are free") as refused:
+            api.export(request(tmp_path, **changed))
+        assert "--max-memory" not in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_where_little_is_free_activations_go_to_the_disk_without_a_limit_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = int(shelving())
+    monkeypatch.setattr(preflight, "free_bytes", lambda: little)
+    assert api.plan(request(tmp_path, **GPTQ)).shelved
 
 
 def test_validation_is_part_of_what_a_limit_is_for(tmp_path: Path) -> None:
