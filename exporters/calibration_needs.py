@@ -3,7 +3,7 @@
 memory   libraries + activations of every batch, unless they are kept on disk + the worst matrix: its moments with the
          activations at work, or its moments with a factor and its weights in every form that a solver has
 disk     rows that are solved, until they are in the artifact; activations that are kept there; statistics
-time     in proportion to weights times tokens
+time     the forward passes, in proportion to weights times tokens, and solving, weights times columns
 """
 
 from __future__ import annotations
@@ -21,18 +21,24 @@ PER_MOMENT, PER_FACTOR = 16, 40  # an entry of in x in: two sets of moments, and
 PER_RESIDUAL = 8  # an entry of out x in, of matrices that write the residual stream
 PER_SCORE = 12  # an attention score of a batch at work
 SECONDS_PER_WORK = 1.5e-10  # on one core, per weight and token: 150 CPU seconds for 42 M weights and 24,832 tokens
+# On one core, per weight and token, and per weight and column. Those 150 seconds are about 90 and 60; one layer and the
+# head of 4.4 B weights took 390 on `fast`. What `best` takes is an estimate.
+FORWARD_SECONDS = 9e-11
+SOLVING_SECONDS = {"fast": 4e-10, "balanced": 2e-9, "best": 3.5e-9}
 BATCH_TOKENS = 2048  # as quant.inputs, whose import takes torch
+TABLES = ("embedding", "position_embedding")  # rounded some rows at a time, unless they are the head too
 WRITES_RESIDUAL = ("o", "down", "expert_down")
 SHARING = {"k": "q", "v": "q", "up": "gate", "expert_up": "expert_gate"}  # matrices that have one input
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationNeeds:
-    """Of one model on so many tokens, in sequences of that length."""
+    """Of one model on so many tokens, in sequences of that length. effort: how hard is solved."""
 
     architecture: Architecture
     tokens: int
     length: int
+    effort: str = "balanced"
 
     def memory(self, threads: int, *, shelved: bool) -> int:
         """Peak bytes. shelved: activations are kept on disk."""
@@ -62,7 +68,10 @@ class CalibrationNeeds:
     def seconds(self, threads: int) -> float:
         """Of calibrating and solving, about."""
         parameters = sum(prod(spec.shape) for spec in self.architecture.tensors)
-        return parameters * self.tokens * SECONDS_PER_WORK / threads
+        solved = [spec for spec in self._matrices() if spec.role not in TABLES or self.architecture.tied]
+        columns = sum(prod(spec.shape) * spec.shape[-1] for spec in solved)
+        solving = SOLVING_SECONDS[self.effort] * columns
+        return (FORWARD_SECONDS * parameters * self.tokens + solving) / threads
 
     def _wide(self) -> int:
         a = self.architecture
@@ -75,7 +84,7 @@ class CalibrationNeeds:
         """Bytes of gathering a matrix's moments, or of solving it: of one expert's, where there are some."""
         rows, columns = spec.shape[-2:]
         solving = PER_SOLVED_WEIGHT * rows * columns
-        if spec.role == "position_embedding" or (spec.role == "embedding" and not self.architecture.tied):
+        if spec.role in TABLES and not self.architecture.tied:
             return solving
         return _moments(spec) + max(at_work, solving + PER_FACTOR * columns * columns)
 

@@ -30,7 +30,7 @@ def needs_of(model: Model, decided: Quantization) -> CalibrationNeeds:
     """What calibrating takes."""
     from llmx.exporters.calibration_needs import CalibrationNeeds
 
-    return CalibrationNeeds(model.architecture, decided.tokens, decided.length)
+    return CalibrationNeeds(model.architecture, decided.tokens, decided.length, decided.recipe.effort)
 
 
 def chosen(
