@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmx.errors import IntegrityError, ResourceError, UsageError
+from llmx.errors import ResourceError, UsageError
 
 PARTIAL = ".partial"
 FAILED = ".failed"
@@ -149,6 +149,18 @@ def publish_folder(partial: list[Path], targets: list[Path], replaced: Sequence[
     publish(partial, targets)
 
 
+def set_aside(path: Path, nbytes: int) -> None:
+    """Make a file as long as that, with room for it on the disk: a memory map that finds none ends the process.
+
+    What is in the file stays. Raises: OSError for a full disk.
+    """
+    with path.open("ab") as stream:
+        if nbytes and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, nbytes)
+        elif path.stat().st_size < nbytes:
+            stream.truncate(nbytes)
+
+
 def write_text(path: Path, content: str) -> None:
     """Write a small text file, whole or not at all."""
     with partial_files([path]) as [partial]:
@@ -162,12 +174,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def disk_error(error: OSError, where: Path) -> ResourceError | IntegrityError:
-    """The error tree's word for a failed write or read."""
-    import errno
-
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError("the disk is full", where=where, fix="free some room, or choose another -o")
-    return IntegrityError(f"reading or writing failed: {error.strerror or error}", where=where)

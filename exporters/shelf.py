@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmx.exporters.artifact import disk_error
+from llmx.system_errors import disk_error
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

@@ -6,6 +6,7 @@ checkpoint ── walk ── matrix ── solve ── pack ── rows on dis
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from llmx.errors import IntegrityError
+from llmx.exporters.artifact import set_aside
 from llmx.exporters.assignment import Assignment
 from llmx.exporters.encoding import Encoding, encoding
 from llmx.exporters.journal import Journal
@@ -186,7 +188,8 @@ class MatrixSolver:
         if name not in self.rows:
             shape = (weight.rows, encoding(self.assignments[name].type_name).row_bytes(weight.cols))
             path = self._path_of(weight)
-            self.rows[name] = np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=shape)
+            set_aside(path, math.prod(shape))
+            self.rows[name] = np.memmap(path, np.uint8, "r+", shape=shape)
         return self.rows[name] if expert is None else self.rows[name][count * expert : count * (expert + 1)]
 
     def _path_of(self, weight: Weight) -> Path:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from llmx import commands_artifact, commands_compare, options
 from llmx.errors import LlmxError
 from llmx.printing import harmless
+from llmx.system_errors import translated
 
 
 @click.group(
@@ -213,11 +214,21 @@ def main() -> None:
         _tell_notes(stop)
         raise
     except LlmxError as error:
-        if options.JSON_OPTION in sys.argv:
-            options.print_json({"error": error.to_json()})
-        click.echo(harmless(f"error: {error}"), err=True)
-        _tell_notes(error)
-        sys.exit(error.exit_code)
+        _refused(error, error)
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
+        told = translated(error)
+        if told is None:
+            raise
+        _refused(told, error)
+
+
+def _refused(told: LlmxError, noted: BaseException) -> NoReturn:
+    """Say what went wrong, and end with its exit code. noted: what carries the notes."""
+    if options.JSON_OPTION in sys.argv:
+        options.print_json({"error": told.to_json()})
+    click.echo(harmless(f"error: {told}"), err=True)
+    _tell_notes(noted)
+    sys.exit(told.exit_code)
 
 
 def _tell_notes(stop: BaseException | None) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmx import preflight, publishing, rebuilding, resuming
 from llmx.memory import peak_rss_bytes, watched
 from llmx.preparing import ExportRequest, Prepared, prepare
+from llmx.system_errors import disk_error
 from llmx.validating import require_runtime, validate
 
 if TYPE_CHECKING:
@@ -180,12 +181,10 @@ def _written(prepared: Prepared, work: Workplace, partial: list[Path]) -> tuple[
 
 
 def _write(exporter: Exporter, work: Workplace, partial: list[Path], solved: Solved | None) -> list[WrittenTensor]:
-    from llmx.exporters import artifact
-
     try:
         return exporter.write(partial, None if solved is None else solved.rows, work.journal)
     except OSError as error:
-        raise artifact.disk_error(error, partial[0].parent.parent) from error
+        raise disk_error(error, partial[0].parent.parent) from error
 
 
 def _told(prepared: Prepared, solved: Solved | None) -> dict[str, Any]:

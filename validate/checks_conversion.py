@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmx.errors import IntegrityError
-from llmx.exporters.artifact import disk_error
+from llmx.system_errors import disk_error
 from llmx.validate import twin
 from llmx.validate.case import Case, boundaries
 from llmx.validate.checks_floor import ODD_BATCH, Recorded, compared, floor_check, limit_check, resolvable

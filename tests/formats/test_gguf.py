@@ -208,6 +208,18 @@ def test_metadata_types_shapes_and_data_come_back() -> None:
         assert read.bytes(name).tobytes() == values.tobytes()
 
 
+def test_a_file_that_is_cut_after_it_was_opened_is_refused(tmp_path: Path) -> None:
+    """What is gone of a mapped file ends the process that touches it."""
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(GOLDEN.read_bytes())
+    read = read_gguf(path)
+    last = max(read.tensors, key=lambda name: read.tensors[name].offset)
+    with path.open("r+b") as stream:
+        stream.truncate(read.tensors[last].offset)
+    with pytest.raises(IntegrityError, match="the file was cut while it was read"):
+        read.bytes(last)
+
+
 def test_version_2_is_read_too(tmp_path: Path) -> None:
     path = tmp_path / "v2.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<I", 2) + GOLDEN.read_bytes()[8:])
