@@ -7,8 +7,8 @@ Of one random checkpoint, every round, on one and on two threads:
     compute   the encoders alone, on rows that are in memory
     write     the same bytes written to a file, hashed and synced
     export    all of it, as `llmx export` writes a GGUF file, with its journal
-Figures are medians over the rounds. A machine that does something else meanwhile shows in `steal`: the share of the CPU
-time of the whole machine that went to others while we ran.
+Figures are medians over the rounds. `steal` is the share of the machine's CPU time that went to others while we ran:
+half of two cores is left to them by one thread.
 """
 
 from __future__ import annotations

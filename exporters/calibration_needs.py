@@ -22,7 +22,7 @@ PER_RESIDUAL = 8  # an entry of out x in, of matrices that write the residual st
 PER_SCORE = 12  # an attention score of a batch at work
 SECONDS_PER_WORK = 1.5e-10  # on one core, per weight and token: 150 CPU seconds for 42 M weights and 24,832 tokens
 # On one core, per weight and token, and per weight and column. Those 150 seconds are about 90 and 60; one layer and the
-# head of 4.4 B weights took 390 on `fast`. What `best` takes is an estimate.
+# head of 4.4 B weights took about 400 on `fast`. What `best` takes is an estimate.
 FORWARD_SECONDS = 9e-11
 SOLVING_SECONDS = {"fast": 4e-10, "balanced": 2e-9, "best": 3.5e-9}
 BATCH_TOKENS = 2048  # as quant.inputs, whose import takes torch
