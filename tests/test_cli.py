@@ -441,7 +441,7 @@ def test_a_missing_runtime_exits_7_before_anything_is_written(tmp_path: Path) ->
 
 def stopped(options: tuple[str, ...], sign: str, out: Path) -> str:
     """What an export said that was asked to stop once a file like `sign` was there."""
-    command = [sys.executable, "-m", "llmx.cli", "export", str(EXAMPLE), "-o", str(out), *map(str, options)]
+    command = [sys.executable, "-m", "llmx.cli", "export", str(EXAMPLE), "-o", str(out), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not any(out.glob(sign)) and process.poll() is None and time.monotonic() < deadline:
@@ -458,6 +458,10 @@ def test_asked_to_stop_while_it_writes_it_leaves_nothing_behind(tmp_path: Path) 
 
 
 def test_asked_to_stop_while_it_solves_it_keeps_what_is_solved_and_says_so(tmp_path: Path) -> None:
-    told = stopped(QUICK[:4], ".*partial/kept/layers.1.q.weight.rows", tmp_path / "out")
+    options = tuple(map(str, QUICK[:4]))
+    told = stopped(options, ".*partial/kept/layers.1.q.weight.rows", tmp_path / "out")
     [folder] = (tmp_path / "out").iterdir()
     assert folder.name.endswith(".partial") and f"are kept in {folder}: the same command with --resume goes on" in told
+    command = [sys.executable, "-m", "llmx.cli", "export", str(EXAMPLE), "-o", str(tmp_path / "out"), *options]
+    subprocess.run([*command, "--resume", "--no-validate"], check=True, capture_output=True)
+    assert not folder.exists() and len(list((tmp_path / "out").glob("*.gguf"))) == 1

@@ -134,5 +134,6 @@ def test_a_checkpoint_is_known_by_its_config_and_its_files(tmp_path: Path) -> No
     weights = copy / "model.safetensors"
     os.utime(weights, ns=(1, 1))
     touched = open_checkpoint(copy).identity()
-    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace('"rope_theta"', '"rope_base"'))
     assert len({before, touched, open_checkpoint(copy).identity()}) == 3
