@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,13 +36,19 @@ def parse_object(text: bytes | str, where: object, most: int = MOST_SIGNS) -> di
 def read_object(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
     """The JSON object in a file of at most `limit` bytes.
 
-    Raises: IntegrityError as parse_object, or when the file is larger than `limit` or cannot be read.
+    Raises: IntegrityError as parse_object, or when it is no file, a device behind a link say, which never ends, when it
+    is larger than `limit`, or cannot be read.
     """
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise IntegrityError(f"A JSON file of {size} bytes is refused; the limit is {limit}.", where=path)
-        text = path.read_bytes()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise IntegrityError("A JSON file was expected, and this is no file.", where=path)
+        if status.st_size > limit:
+            raise IntegrityError(f"A JSON file of {status.st_size} bytes is refused; the limit is {limit}.", where=path)
+        with path.open("rb") as stream:
+            text = stream.read(limit + 1)
+        if len(text) > limit:  # it grew
+            raise IntegrityError(f"A JSON file of over {limit} bytes is refused.", where=path)
     except OSError as error:
         raise IntegrityError(f"The file cannot be read: {error.strerror}.", where=path) from error
     return parse_object(text, path)

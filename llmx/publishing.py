@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmx.errors import CheckFailed, LlmxError, ResourceError, RuntimeMissing, UsageError
+from llmx.formats.json_text import read_object
 from llmx.validating import REPORT_NAME, write_report
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ def _report_path(artifact: Path) -> Path:
     """report.json beside the artifact; ARTIFACT.report.json where the folder's report tells of another artifact."""
     path = artifact.with_name(REPORT_NAME)
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))["export"]["files"][0]["name"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        told = read_object(path)["export"]["files"][0]["name"]
+    except (LlmxError, KeyError, IndexError, TypeError):
         return path
     return path if told == artifact.name else artifact.with_name(f"{artifact.name}.{REPORT_NAME}")
 

@@ -176,6 +176,9 @@ def test_a_json_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
         read_object(path, limit=4)
     with pytest.raises(IntegrityError, match="cannot be read"):
         read_object(tmp_path / "absent.json")
+    (tmp_path / "endless.json").symlink_to("/dev/zero")
+    with pytest.raises(IntegrityError, match="this is no file"):
+        read_object(tmp_path / "endless.json")
 
 
 def test_a_json_text_names_its_place_in_errors() -> None:
