@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,11 @@ def tokenizer_folder(tmp_path: Path, tokenizer_files: Callable[[str], dict[str, 
 
 
 @pytest.fixture(scope="session", autouse=True)
-def every_report_of_a_validation_keeps_to_the_schema() -> Iterator[None]:
+def every_report_of_a_validation_keeps_to_the_schema(request: pytest.FixtureRequest) -> Iterator[None]:
     """A key that the schema does not describe fails the test that made it. Reports without settings are made up."""
+    if request.config.getoption("markexpr") == "gpu" and find_spec("jsonschema") is None:
+        yield  # a machine with a GPU has what was carried to it; everywhere else the reports are checked
+        return
     from jsonschema import Draft202012Validator
 
     checker, make = Draft202012Validator(json_schema()), Report.__init__
