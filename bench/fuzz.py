@@ -131,7 +131,10 @@ def mutated(data: bytes, start: int, chance: random.Random) -> bytes | None:
         return None
     container, key = chance.choice(places)
     chance.choice(CHANGES)(container, key, chance)
-    text = json.dumps(document).encode()
+    try:
+        text = json.dumps(document).encode()
+    except RecursionError:  # of the fuzzer's own nesting
+        return None
     return data[: start - width] + (len(text).to_bytes(width, "little") if start else b"") + text + data[end:]
 
 

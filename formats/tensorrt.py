@@ -143,7 +143,9 @@ def read_config(folder: Path) -> EngineConfig:
             where=path,
             fix=f"engines that llmx built (layout {LAYOUT}) are read; export the model with --format tensorrt",
         )
-    if problems := [f"{key}: {words}" for key, (good, words) in _KEYS.items() if not good(told.get(key))]:
+    # A key that may be null must still be there.
+    broken = (key for key, (good, _) in _KEYS.items() if key not in told or not good(told[key]))
+    if problems := [f"{key}: {_KEYS[key][1]}" for key in broken]:
         raise IntegrityError(f"the {CONFIG_NAME} of the engine is broken", where=path, problems=problems)
     config = _config(told)
     if problems := _contradictions(config):

@@ -109,6 +109,15 @@ def test_a_broken_config_is_refused_with_its_key(key: str, value: object, words:
         tensorrt.read_config(folder)
 
 
+def test_a_key_that_may_be_null_must_be_there(folder: Path) -> None:
+    path = folder / tensorrt.CONFIG_NAME
+    told = json.loads(path.read_text())
+    assert told.pop("sparsity") is None
+    path.write_text(json.dumps(told))
+    with pytest.raises(IntegrityError, match="sparsity: text, or null"):
+        tensorrt.read_config(folder)
+
+
 def test_a_later_layout_and_a_folder_without_config_are_told_apart(folder: Path) -> None:
     told(folder, layout=2)
     with pytest.raises(UnsupportedError, match="layout 2"):
