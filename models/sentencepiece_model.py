@@ -45,14 +45,14 @@ def read_model(data: bytes, where: object, added: Sequence[AddedToken] = ()) -> 
             trainer = dict(_fields(_bytes(value, where), where))
         elif number == 3:
             normalizer = dict(_fields(_bytes(value, where), where))
-    kind = KINDS.get(int(trainer.get(3, 1)))
+    kind = KINDS.get(_whole(trainer.get(3, 1), where))
     problems = [] if kind else [f"model type {trainer.get(3)}"]
     problems += ["treat_whitespace_as_suffix"] * bool(trainer.get(24, 0))
     problems += ["escape_whitespaces is off"] * (not normalizer.get(5, 1))
     if problems or kind is None:
         raise UnsupportedError("this SentencePiece model has rules that are not known", problems=problems, where=where)
     charsmap = _bytes(normalizer.get(2, b""), where)
-    roles = {role: _signed(trainer.get(field, default)) for role, (field, default) in ROLES.items()}
+    roles = {role: _signed(_whole(trainer.get(field, default), where)) for role, (field, default) in ROLES.items()}
     named = {role: id for role, id in roles.items() if 0 <= id < len(pieces)}
     rules = SpaceRules(True, bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)), charsmap=charsmap or None)
     return replace(_vocabulary(kind, pieces, rules, added, where), roles=named)
@@ -87,7 +87,7 @@ def _vocabulary(
 
 
 def _piece(fields: dict[int, Field], id: int, where: object) -> tuple[str, float, int]:
-    score, type = fields.get(2, 0.0), int(fields.get(3, 1))
+    score, type = fields.get(2, 0.0), _whole(fields.get(3, 1), where)
     try:
         text = _bytes(fields.get(1, b""), where).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -97,8 +97,14 @@ def _piece(fields: dict[int, Field], id: int, where: object) -> tuple[str, float
     return text, score, type
 
 
-def _signed(value: Field) -> int:
-    return int(value) - (1 << 64) if int(value) >= 1 << 63 else int(value)
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _whole(value: Field, where: object) -> int:
+    if not isinstance(value, int):
+        raise IntegrityError("this is no SentencePiece model: a whole number was expected", where=where)
+    return value
 
 
 def _bytes(value: Field, where: object) -> bytes:
