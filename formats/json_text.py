@@ -25,6 +25,8 @@ def parse_object(text: bytes | str, where: object, most: int = MOST_SIGNS) -> di
     if held > most:
         raise IntegrityError(f"This JSON has {held} brackets, commas and colons; the limit is {most}.", where=where)
     try:
+        # Here, because of bytes json itself takes other encodings, too, and halves of surrogate pairs.
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:  # ValueError covers bad JSON, bad UTF-8 and numbers too long
         raise IntegrityError(f"This is not valid JSON: {error}.", where=where) from error
