@@ -123,11 +123,11 @@ def partial_files(targets: list[Path], workplace: Path | None = None) -> Iterato
 def publish(partial: list[Path], targets: list[Path]) -> None:
     """Move finished files to their final names. The first file goes last: a set is complete once it is there."""
     for path in partial:
-        _fsync(path)
+        sync(path)
     for path, target in reversed(list(zip(partial, targets, strict=True))):
         path.replace(target)
     for folder in {target.parent for target in targets}:
-        _fsync(folder)
+        sync(folder)
 
 
 def publish_folder(partial: list[Path], targets: list[Path], replaced: Sequence[Path] = ()) -> None:
@@ -139,9 +139,9 @@ def publish_folder(partial: list[Path], targets: list[Path], replaced: Sequence[
     folder = targets[0].parent
     if not folder.exists():
         for path in (*partial, partial[0].parent):
-            _fsync(path)
+            sync(path)
         partial[0].parent.rename(folder)
-        _fsync(folder.parent)
+        sync(folder.parent)
         return
     targets[0].unlink(missing_ok=True)
     for path in replaced:
@@ -168,7 +168,8 @@ def write_text(path: Path, content: str) -> None:
         publish([partial], [path])
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or a folder's names, on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmx.errors import UsageError
+from llmx.exporters.artifact import sync
 
 NAME = "journal.jsonl"
 VERSION = 1
@@ -101,12 +102,3 @@ def peek(folder: Path, step: str) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return done.get(step)
-
-
-def sync(path: Path) -> None:
-    """Have a file, or a folder's names, on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -53,7 +53,7 @@ def workplace(
     Raises: UsageError where another export works on the same, or where the one that was stopped was another.
     """
     folder = folder_of(place)
-    with _locked(folder) as lock:
+    with _locked(folder):
         made = journal.go_on(folder, key) if resume else None
         if made is None:
             made = _anew(folder, key)
@@ -71,7 +71,6 @@ def workplace(
             _remove(folder)
             raise
         _remove(folder)
-        del lock
 
 
 def _anew(folder: Path, key: Mapping[str, Any]) -> Journal:
@@ -92,7 +91,7 @@ def _remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[int]:
+def _locked(folder: Path) -> Iterator[None]:
     """The folder, made where there is none, with its lock. Raises: UsageError where somebody has it."""
     while True:
         folder.mkdir(exist_ok=True)
@@ -103,7 +102,7 @@ def _locked(folder: Path) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Between opening and locking, the export that had it may have finished and removed the folder.
             if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
-                yield descriptor
+                yield
                 return
         except BlockingIOError as error:
             raise UsageError(
