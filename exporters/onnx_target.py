@@ -46,6 +46,14 @@ SHOWN = 4
 DATA_FILE = 1  # the number of the file that holds all tensors, in the plan
 
 
+def require_packages(why: str) -> None:
+    """Have what records graphs imported. Raises: RuntimeMissing, which begins with `why`, naming what is not here."""
+    missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise RuntimeMissing(f"{why} the packages {' and '.join(missing)}", fix="pip install 'llmx[onnx]'")
+    import_ir()
+
+
 class OnnxFormat:
     """A folder that onnxruntime and onnxruntime-genai load."""
 
@@ -63,12 +71,7 @@ class OnnxFormat:
         return BY_BITS[DEFAULT_BITS]
 
     def draft(self, recipe: Recipe, asked: Asked) -> OnnxDraft:
-        missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            raise RuntimeMissing(
-                f"writing ONNX needs the packages {' and '.join(missing)}", fix="pip install 'llmx[onnx]'"
-            )
-        import_ir()
+        require_packages("writing ONNX needs")
         from llmx.exporters.onnx import DIALECTS
 
         dialect = asked.dialect or DIALECT

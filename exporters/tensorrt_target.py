@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,7 @@ from llmx.errors import RuntimeMissing, UnsupportedError, UsageError
 from llmx.exporters import format_types
 from llmx.exporters.encoding import ENCODINGS
 from llmx.exporters.gguf_general import identify
-from llmx.exporters.onnx_imports import import_ir
-from llmx.exporters.onnx_target import PACKAGES
+from llmx.exporters.onnx_target import require_packages
 from llmx.exporters.target import Asked, WrittenTensor
 from llmx.exporters.tensorrt_build import Builder, Installed, find_builder, installed
 from llmx.exporters.tensorrt_types import BY_BITS, TensorRtMix, find_mix, input_roundings, planned_scales, planned_types
@@ -64,13 +62,7 @@ class TensorRtFormat:
         return BY_BITS[DEFAULT_BITS]
 
     def draft(self, recipe: Recipe, asked: Asked) -> TensorRtDraft:
-        missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            raise RuntimeMissing(
-                f"an engine is built from a graph, and that needs the packages {' and '.join(missing)}",
-                fix="pip install 'llmx[onnx]'",
-            )
-        import_ir()
+        require_packages("an engine is built from a graph, and that needs")
         mix = find_mix(recipe.type, recipe.transform)
         found = installed(asked.builder)
         builder = find_builder(found)
